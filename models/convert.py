@@ -166,9 +166,7 @@ BUILDERS = {"efficientnet_lite0_bn": build_efficientnet, "all_minilm_l6_v2": bui
 
 def main() -> int:
     """Convert what was asked for; fetch.py does the work, so that the file is checked and written whole."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: both")
     parser.add_argument("--dest", type=Path, default=fetch.ZOO, help="default: models/zoo")
     arguments = parser.parse_args()

@@ -85,13 +85,9 @@ def score(model: Any, images: fashion_mnist.Floats, labels: fashion_mnist.Labels
 
 def main() -> int:
     """Score every model given, one line each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL.onnx", type=Path)
-    parser.add_argument(
-        "--native", action="store_true", help="let 8-bit products saturate on x64 without VNNI"
-    )
+    parser.add_argument("--native", action="store_true", help="let 8-bit products saturate on x64 without VNNI")
     parser.add_argument("--zoo", type=Path, default=fetch.ZOO, help="default: models/zoo")
     arguments = parser.parse_args()
     try:

@@ -77,9 +77,7 @@ def write_samples(folder: Path, zoo: Path) -> list[Path]:
 
 def main() -> None:
     """Write the committed samples."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="default: beside this file")
     parser.add_argument("--zoo", type=Path, default=fetch.ZOO, help="default: models/zoo")
     arguments = parser.parse_args()

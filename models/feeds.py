@@ -282,13 +282,9 @@ def write_feeds(feeds: list[Feed], folder: Path) -> dict[str, int]:
 
 def main() -> int:
     """Write the feeds of the models asked for, one line a model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all models of the zoo")
-    parser.add_argument(
-        "--zoo", type=Path, default=fetch.ZOO, help="what fetch.py wrote (default: models/zoo)"
-    )
+    parser.add_argument("--zoo", type=Path, default=fetch.ZOO, help="what fetch.py wrote (default: models/zoo)")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in GENERATORS]:
         parser.error(f"no model {', '.join(unknown)}; there are: {', '.join(GENERATORS)}")

@@ -81,9 +81,7 @@ def download(package: Package, scratch: Path) -> Path:
     if archive := find_archive(folder):
         return archive
     try:
-        done = subprocess.run(
-            package.download_command(), cwd=folder, text=True, capture_output=True, check=False
-        )
+        done = subprocess.run(package.download_command(), cwd=folder, text=True, capture_output=True, check=False)
     except FileNotFoundError as error:
         raise FetchError(f"{error.filename} is not installed") from error
     archive = find_archive(folder)
@@ -191,10 +189,7 @@ def fetch_item(item: Model | DataSet, zoo: Path, scratch: Path) -> bool:
     """Fetch one item and print its line; True when it is there and verified."""
     outcome, is_there = "", True
     try:
-        if isinstance(item, Model):
-            outcome = fetch_model(item, zoo, scratch)
-        else:
-            outcome = fetch_data(item, zoo, scratch)
+        outcome = fetch_model(item, zoo, scratch) if isinstance(item, Model) else fetch_data(item, zoo, scratch)
     except FetchError as error:
         outcome, is_there = f"MISSING: {error}", False
     print(f"{label(item):38} {outcome}", flush=True)
@@ -203,9 +198,7 @@ def fetch_item(item: Model | DataSet, zoo: Path, scratch: Path) -> bool:
 
 def main() -> int:
     """Fetch what was asked for, one line an item."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models and data sets (default: all)")
     parser.add_argument("--dest", type=Path, default=ZOO, help="default: models/zoo")
     parser.add_argument("--list", action="store_true", help="list items with package and licence")

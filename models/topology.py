@@ -129,9 +129,7 @@ def build(name: str) -> onnx.ModelProto:
 
 def main() -> None:
     """Build one net and say how large it is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", choices=available(), help=", ".join(available()))
     parser.add_argument("out", metavar="OUT.onnx", type=Path)
     arguments = parser.parse_args()

@@ -67,9 +67,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum for a classifier, AdamW for super-resolution."""
     if recipe.task == "enlarge":
         return torch.optim.AdamW(model.parameters(), lr=recipe.top_rate)
-    return torch.optim.SGD(
-        model.parameters(), lr=recipe.top_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    return torch.optim.SGD(model.parameters(), lr=recipe.top_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def loss_of(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor) -> Tensor:
@@ -146,9 +144,7 @@ def export(model: nn.Module, recipe: Recipe, path: Path) -> None:
 
 def main() -> None:
     """Train, export and score what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of " + ", ".join(RECIPES))
     parser.add_argument("--out", type=Path, default=fashion_mnist.HERE, help="default: beside this file")
     parser.add_argument("--zoo", type=Path, default=fetch.ZOO, help="default: models/zoo")

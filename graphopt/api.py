@@ -1,0 +1,135 @@
+"""What a Python caller uses: `optimize`, `check` and `inspect`; the command line is a thin layer over these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from graphopt.checking import Check, check_models
+from graphopt.data import DataSource, load_samples
+from graphopt.inspection import Inspection, inspect_model
+from graphopt.made_up import made_up_samples
+from graphopt.model_io import Source, load_model
+from graphopt.pass_base import Context, Effect, Pass
+from graphopt.pass_manager import PassManager, Result
+from graphopt.passes import Calibrate, registry
+from graphopt.pipeline import parse_pipeline
+from graphopt.progress import Progress, silent
+from graphopt.ranges import Ranges
+from graphopt.runtime import open_session
+from graphopt.targets import target_named
+
+CHECK_SAMPLES = 64
+"""Samples that the check at the end of `optimize` uses; `check` uses all that it is given."""
+
+
+def optimize(
+    model: Source,
+    passes: str | Sequence[Pass],
+    *,
+    data: DataSource | None = None,
+    samples: int | None = None,
+    target: str = "ort-cpu",
+    ranges: str | Path | Ranges | None = None,
+    verify: bool = True,
+    progress: Progress = silent,
+    failure_folder: Path | None = None,
+) -> Result:
+    """Run a pipeline over a model; the model, its file and its data stay as they are.
+
+    Args:
+        model: a path, a ModelProto or a gs.Graph.
+        passes: pipeline text such as "fold,calibrate,qdq", or passes.
+        data: what `load_samples` takes; None: activations are calibrated on made-up inputs, and the report says so.
+        samples: use at most this many samples of `data`.
+        target: a name in `graphopt.targets.TARGETS`.
+        ranges: a file that `calibrate` writes, or that is read when the pipeline has no `calibrate`; or ranges.
+        verify: check the model after every pass, and compare with the float model after a lossy one.
+        progress: is told how far the work is.
+        failure_folder: gets what reproduces the failure of a pass.
+
+    Raises:
+        GraphoptError: the model, the data or the request is wrong.
+    """
+    pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
+    calibrates = any(isinstance(item, Calibrate) for item in pipeline)
+    context = Context(target=target_named(target), progress=progress)
+    if isinstance(ranges, Ranges):
+        context.ranges = ranges
+    elif ranges is not None and not calibrates:
+        context.ranges = Ranges.load(Path(ranges))
+    float_model = load_model(model)
+    session = open_session(float_model)
+    if data is not None:
+        context.samples = load_samples(data, session.inputs, limit=samples)
+    manager = PassManager(pipeline, verify=verify)
+    result = manager.run(float_model, context, failure_folder=failure_folder)
+    if data is None and calibrates:
+        result.report.warnings.insert(
+            0,
+            "no --data: activations were calibrated on made-up inputs, so their ranges and the figures below say "
+            "little about real ones",
+        )
+    if context.samples is not None:
+        result.report.warnings.extend(context.samples.notes)
+    if calibrates and context.ranges is not None and isinstance(ranges, str | Path):
+        context.ranges.save(Path(ranges))
+    if verify and _changed_outputs(pipeline, result):
+        chosen = context.samples or made_up_samples(session, seed=context.seed)
+        result.report.check = check_models(
+            float_model,
+            result.optimized,
+            load_samples(chosen, session.inputs, limit=CHECK_SAMPLES),
+            exact=not context.target.runs_here,
+            measure=context.target.runs_here,
+            progress=progress,
+        )
+    return result
+
+
+def check(
+    reference: Source,
+    other: Source,
+    *,
+    data: DataSource | None = None,
+    samples: int | None = None,
+    layers: bool = False,
+    exact: bool = False,
+    progress: Progress = silent,
+) -> Check:
+    """Compare a model with its reference: SQNR, cosine, largest error, agreement, sizes and latency.
+
+    Args:
+        reference: usually the float model; a path, a ModelProto or a gs.Graph.
+        other: a model with the same inputs and outputs.
+        data: what `load_samples` takes; None: made-up inputs.
+        samples: use at most this many samples.
+        layers: compare the tensors that both have by name, too.
+        exact: with the arithmetic that Q and DQ stand for, as TensorRT, Arm and x86 with VNNI compute, not with
+            onnxruntime's int8 kernels on this CPU.
+        progress: is told how far the work is.
+
+    Raises:
+        GraphoptError: a model cannot be read, or they do not fit each other or the data.
+    """
+    float_model, judged = load_model(reference), load_model(other)
+    session = open_session(float_model)
+    chosen = made_up_samples(session) if data is None else data
+    fitting = load_samples(chosen, session.inputs, limit=samples)
+    return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
+
+
+def inspect(model: Source) -> Inspection:
+    """Size, parameters, MACs, activation memory, operators and dtypes of a model.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    return inspect_model(load_model(model))
+
+
+def _changed_outputs(pipeline: Sequence[Pass], result: Result) -> bool:
+    return any(
+        item.effect is Effect.LOSSY and record.rewrites
+        for item, record in zip(pipeline, result.report.passes, strict=True)
+    )

@@ -1,0 +1,219 @@
+"""The command line: arguments in, tables out. Everything else is in `graphopt.api`.
+
+Results go to stdout, progress and warnings to stderr. Exit codes: 0 done and within limits; 1 done, but a check
+failed or a pass was rolled back; 2 the request or the input is wrong, in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
+
+from graphopt.api import check, inspect, optimize
+from graphopt.errors import GraphoptError, OutputError
+from graphopt.model_io import refuse_target
+from graphopt.passes import registry
+from graphopt.progress import Progress
+from graphopt.report.console import print_check, print_inspection, print_passes, print_report
+from graphopt.report.records import plain_values
+from graphopt.targets import TARGETS
+from graphopt.version import VERSION
+
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parsed = _parser().parse_args(arguments)
+    errors = Console(stderr=True, highlight=False)
+    try:
+        command: Callable[[argparse.Namespace, Console, Console], int] = parsed.command
+        return command(parsed, Console(highlight=False), errors)
+    except GraphoptError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return WRONG
+    except BrokenPipeError:  # the reader of stdout went away: `graphopt passes | head`
+        sys.stderr.close()
+        return OK
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was written")
+        return INTERRUPTED
+
+
+def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    model = Path(arguments.model)
+    output = Path(arguments.output) if arguments.output else model.with_suffix(".opt.onnx")
+    report_path = _report_path(arguments.report)
+    refuse_target(output, overwrite=arguments.overwrite, protect=(model,))
+    with _progress(errors) as progress:
+        result = optimize(
+            model,
+            arguments.passes,
+            data=arguments.data,
+            samples=arguments.samples,
+            target=arguments.target,
+            ranges=arguments.ranges,
+            verify=not arguments.no_verify,
+            progress=progress,
+            failure_folder=output.with_suffix(".failure"),
+        )
+    result.save(output, overwrite=arguments.overwrite)
+    report = result.report
+    report.output = str(output)
+    if report_path is not None:
+        report.save(report_path)
+    for warning in report.warnings:
+        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(report, console)
+        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+    return FAILED if report.failed else OK
+
+
+def _check(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
+    with _progress(errors) as progress:
+        result = check(
+            arguments.float,
+            arguments.other,
+            data=arguments.data,
+            samples=arguments.samples,
+            layers=arguments.layers,
+            exact=arguments.exact,
+            progress=progress,
+        )
+    if arguments.data is None:
+        errors.print("[yellow]warning:[/yellow] no --data: the models were compared on made-up inputs")
+    shortfalls = result.shortfalls(arguments.min_sqnr, arguments.min_agreement)
+    if arguments.json:
+        print(json.dumps(plain_values(asdict(result) | {"shortfalls": shortfalls}), indent=2))
+    else:
+        print_check(result, console)
+    for shortfall in shortfalls:
+        errors.print(f"[red]failed:[/red] {escape(shortfall)}", soft_wrap=True)
+    return FAILED if shortfalls else OK
+
+
+def _inspect(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
+    found = inspect(arguments.model)
+    if arguments.json:
+        print(json.dumps(plain_values(found.to_json()), indent=2))
+    else:
+        print_inspection(found, console)
+    return OK
+
+
+def _passes(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
+    print_passes(registry(), console)
+    return OK
+
+
+def _report_path(text: str | None) -> Path | None:
+    """Where the report goes.
+
+    Raises:
+        OutputError: not a kind of report that there is.
+    """
+    if text is None:
+        return None
+    if not text.endswith(".json"):
+        raise OutputError(f"--report writes JSON: name a file that ends in .json, not '{text}'")
+    return Path(text)
+
+
+@contextmanager
+def _progress(errors: Console) -> Iterator[Progress]:
+    """Bars on stderr with an estimate of the time left; nothing where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with ProgressBars(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="graphopt", description="Compiler passes for ONNX: fold, calibrate, quantize, check."
+    )
+    parser.add_argument("--version", action="version", version=f"graphopt {VERSION}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    optimizing = _command(commands, "optimize", _optimize, "run passes over a model and write the result")
+    optimizing.add_argument("model", metavar="MODEL", help="the float ONNX model; never changed")
+    optimizing.add_argument(
+        "--passes", required=True, metavar="PIPELINE", help="such as fold,calibrate:method=entropy,qdq"
+    )
+    optimizing.add_argument("-o", "--output", metavar="OUT", help="default: MODEL with the suffix .opt.onnx")
+    _add_data_arguments(optimizing)
+    optimizing.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
+    optimizing.add_argument(
+        "--ranges", metavar="FILE", help="written by calibrate; read when the pipeline has no calibrate"
+    )
+    optimizing.add_argument("--report", metavar="FILE.json", help="write what happened as JSON")
+    optimizing.add_argument("--json", action="store_true", help="print what happened as JSON on stdout")
+    optimizing.add_argument("--no-verify", action="store_true", help="skip the checks after each pass and at the end")
+    optimizing.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    checking = _command(commands, "check", _check, "compare a model with its float original")
+    checking.add_argument("float", metavar="FLOAT", help="the reference")
+    checking.add_argument("other", metavar="OTHER", help="the model to judge")
+    _add_data_arguments(checking)
+    checking.add_argument("--min-sqnr", type=float, metavar="DB", help="exit with 1 if an output is under it")
+    checking.add_argument("--min-agreement", type=float, metavar="F", help="exit with 1 if top-1 agreement is under it")
+    checking.add_argument("--layers", action="store_true", help="compare every tensor that both compute")
+    checking.add_argument(
+        "--exact",
+        action="store_true",
+        help="compare with the arithmetic that Q and DQ stand for, not onnxruntime's int8 kernels on this CPU",
+    )
+    checking.add_argument("--json", action="store_true", help="print JSON")
+
+    inspecting = _command(commands, "inspect", _inspect, "size, parameters, MACs, operators and dtypes")
+    inspecting.add_argument("model", metavar="MODEL")
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
+
+    _command(commands, "passes", _passes, "list every pass with its options")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace, Console, Console], int], summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="an .npz, a folder of .npz, a folder of test_data_set_*/input_*.pb, or file.py:function",
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="use at most N samples of DATA")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

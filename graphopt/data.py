@@ -1,0 +1,135 @@
+"""Where calibration and check data come from: `--data`, a Python object, or made up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from graphopt.errors import DataError
+from graphopt.feed_sources import RawFeed, Source, npz_file, npz_folder, onnx_test_data
+from graphopt.feeds import Array, Feed, InputSpec, Samples, fitting_feed
+from graphopt.python_sources import function_in_file, python_object
+from graphopt.synthetic import synthetic_samples
+
+__all__ = ["DataReader", "DataSource", "Feed", "InputSpec", "Samples", "load_samples", "synthetic_samples"]
+
+
+class DataReader(Protocol):
+    """onnxruntime's CalibrationDataReader: returns feeds one by one, then None."""
+
+    def get_next(self) -> Mapping[str, Any] | None:
+        """Return the next feed, or None after the last."""
+
+
+DataSource = (
+    str
+    | Path
+    | Samples
+    | Mapping[str, Array]
+    | DataReader
+    | Iterable[Mapping[str, Any]]
+    | Callable[[], Iterable[Mapping[str, Any]]]
+)
+
+
+def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+    """Load feeds that fit `inputs`, at most `limit` of them, read as they are asked for.
+
+    `source` is one of
+      - `calib.npz`: arrays named after the inputs, samples along axis 0 (rules:
+        `feed_sources.arrays_along_axis_0`); in Python also a dict of such arrays
+      - a folder of .npz, one feed each, in the order of their names
+      - a folder of ONNX `test_data_set_*/input_*.pb`
+      - `file.py:function`: a function that yields feeds; in Python also the function itself
+      - in Python any iterable of `dict[str, array]`, or a CalibrationDataReader (rules:
+        `python_sources.python_object`).
+
+    Arrays that are no input of the model are ignored; the result's `notes` say so. The first feed is read and
+    checked at once, each later one when its turn comes.
+
+    Raises:
+        DataError: nothing is there, there are no samples, or they do not fit the model. Iterating raises it
+        too.
+
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"the number of samples must be at least 1, not {limit}")
+    found = _source(source, inputs, limit)
+    first = next(found.start(), None)
+    if first is None:
+        raise DataError(f"{found.description}: no samples")
+    fitting_feed(first.arrays, inputs, first.where)
+
+    def start() -> Iterator[Feed]:
+        raw = None
+        for raw in islice(found.start(), limit):
+            yield fitting_feed(raw.arrays, inputs, raw.where)
+        if raw is None:
+            raise DataError(
+                f"{found.description}: gave samples once, but none when started again: "
+                "return a new iterator on every call"
+            )
+
+    return Samples(
+        start,
+        found.description,
+        count=found.count if found.count is None or limit is None else min(found.count, limit),
+        synthetic=isinstance(source, Samples) and source.synthetic,
+        notes=(*found.notes, *_ignored(first, inputs, found.description)),
+    )
+
+
+def _source(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) -> Source:
+    if isinstance(source, (str, Path)):
+        return _source_at(str(source), inputs)
+    if isinstance(source, Samples):
+        return Source(
+            lambda: (RawFeed(source.description, feed) for feed in source),
+            source.description,
+            source.count,
+            source.notes,
+        )
+    return python_object(source, inputs, limit)
+
+
+def _source_at(text: str, inputs: Sequence[InputSpec]) -> Source:
+    python = re.fullmatch(r"(.+\.py)(?::(\w+))?", text)
+    path = Path(python[1] if python else text)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if python:
+        if not python[2]:
+            raise DataError(f"{path}: name the function that yields feeds, such as {path}:load_data")
+        return function_in_file(path, python[2])
+    if path.is_dir():
+        return _source_in_folder(path, inputs)
+    if path.suffix == ".npz":
+        return npz_file(path, inputs)
+    raise DataError(f"{path}: not a kind of data that graphopt reads: give {_KINDS}")
+
+
+def _source_in_folder(folder: Path, inputs: Sequence[InputSpec]) -> Source:
+    if any(folder.glob("*.npz")):
+        return npz_folder(folder, inputs)
+    if any(folder.glob("test_data_set_*/input_*.pb")) or any(folder.glob("input_*.pb")):
+        return onnx_test_data(folder, inputs)
+    if any(path.suffix.lower() in _IMAGES for path in folder.rglob("*")):
+        example = f"np.savez('calib.npz', **{{'{inputs[0].name}': array}})" if inputs else "np.savez"
+        raise DataError(
+            f"{folder}: a folder of images is not supported yet: preprocess them and write an .npz "
+            f"with samples along axis 0, {example}"
+        )
+    raise DataError(f"{folder}: holds no data that graphopt reads: give {_KINDS}")
+
+
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_KINDS = "an .npz, a folder of .npz, a folder of ONNX test_data_set_*/input_*.pb, or file.py:function"
+
+
+def _ignored(first: RawFeed, inputs: Sequence[InputSpec], where: str) -> tuple[str, ...]:
+    taken = {spec.name for spec in inputs}
+    others = [f"'{name}'" for name in (*first.arrays, *first.unread) if name not in taken]
+    return (f"{where}: ignored {', '.join(others)}: no such input in the model",) if others else ()

@@ -1,0 +1,197 @@
+"""Questions about a `gs.Graph`, and edits of it that are safe.
+
+graphsurgeon compares tensors by name and nodes by content, so everything here goes by object identity. It also keeps
+the lists of producers and consumers in step by searching them with that comparison; the edits below search by identity.
+
+A graph can hold others: the branches of If, the bodies of Loop and Scan. Their nodes use outer tensors by object, but
+a branch *output* that names an outer tensor is an object of its own: `nested_output_names` is how a rewrite sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def all_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """The graph itself and every branch or body nested in it, outermost first."""
+    yield graph
+    for node in graph.nodes:
+        for body in bodies(node):
+            yield from all_graphs(body)
+
+
+def bodies(node: gs.Node) -> list[gs.Graph]:
+    """The graphs that a node holds as attributes: the branches of an If, the body of a Loop or a Scan."""
+    return [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes a tensor; None for graph inputs and constants."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def present(tensors: Iterable[gs.Tensor]) -> list[gs.Tensor]:
+    """The tensors that are there: omitted optional inputs and outputs have no name."""
+    return [tensor for tensor in tensors if tensor.name]
+
+
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Whether the value is known before the model runs, without loading it."""
+    return _constant_source(tensor) is not None
+
+
+def constant_of(tensor: gs.Tensor) -> Array | None:
+    """The value of a constant tensor, else None.
+
+    Constants are initializers and the outputs of Constant nodes, also behind a chain of Identity. A graph input with
+    a default value is none: the caller may override it.
+    """
+    source = _constant_source(tensor)
+    if isinstance(source, gs.Constant):
+        return np.asarray(source.values)
+    return None if source is None else _constant_node_value(source)
+
+
+def _constant_source(tensor: gs.Tensor) -> gs.Constant | gs.Node | None:
+    while not isinstance(tensor, gs.Constant):
+        node = producer(tensor)
+        if node is None:
+            return None
+        if node.op == "Constant":
+            return node if set(node.attrs) & _CONSTANT_ATTRIBUTES else None
+        if node.op != "Identity":
+            return None
+        tensor = node.inputs[0]
+    return tensor
+
+
+_CONSTANT_ATTRIBUTES = {"value", "value_float", "value_floats", "value_int", "value_ints"}
+
+
+def _constant_node_value(node: gs.Node) -> Array:
+    (attribute,) = set(node.attrs) & _CONSTANT_ATTRIBUTES
+    value = node.attrs[attribute]
+    if attribute == "value":
+        return np.asarray(value.values)
+    return np.asarray(value, np.float32 if "float" in attribute else np.int64)
+
+
+def nested_output_names(graph: gs.Graph) -> set[str]:
+    """Names that branches and bodies inside `graph` return without computing them: uses that no consumer list shows."""
+    return {
+        output.name for body in all_graphs(graph) if body is not graph for output in body.outputs if not output.inputs
+    }
+
+
+def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether a tensor is an output of `graph`."""
+    return any(output is tensor for output in graph.outputs)
+
+
+def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Let `node` read `tensor` as its input number `index`."""
+    old = node.inputs[index]
+    _drop_identical(old.outputs, node)
+    list.__setitem__(node.inputs, index, tensor)
+    list.append(tensor.outputs, node)
+
+
+def set_output(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Let `node` compute `tensor` as its output number `index`; what it computed there before is left without.
+
+    Raises:
+        ValueError: another node computes the tensor.
+    """
+    if tensor.inputs:
+        raise ValueError(f"{tensor.name} is computed by {tensor.inputs[0].name or tensor.inputs[0].op} already")
+    _drop_identical(node.outputs[index].inputs, node)
+    list.__setitem__(node.outputs, index, tensor)
+    list.append(tensor.inputs, node)
+
+
+def replace_uses(old: gs.Tensor, new: gs.Tensor) -> int:
+    """Let every consumer of `old`, nested ones too, read `new` instead; return how many inputs changed.
+
+    Graph outputs stay as they are: renaming one would change the model's interface.
+    """
+    changed = 0
+    for node in list({id(node): node for node in old.outputs}.values()):
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                set_input(node, index, new)
+                changed += 1
+    return changed
+
+
+def disconnect(node: gs.Node) -> None:
+    """Take a node out of the consumer and producer lists of its tensors; it stays in the graph's node list."""
+    for tensor in node.inputs:
+        _drop_identical(tensor.outputs, node)
+    for tensor in node.outputs:
+        _drop_identical(tensor.inputs, node)
+    list.clear(node.inputs)
+    list.clear(node.outputs)
+
+
+def disconnect_all(nodes: Iterable[gs.Node]) -> None:
+    """Do what `disconnect` does for many nodes, in time linear in them however many share one tensor."""
+    gone = {id(node): node for node in nodes}
+    touched = {id(tensor): tensor for node in gone.values() for tensor in (*node.inputs, *node.outputs)}
+    for tensor in touched.values():
+        for ends in (tensor.inputs, tensor.outputs):
+            list.__setitem__(ends, slice(None), [node for node in ends if id(node) not in gone])
+    for node in gone.values():
+        list.clear(node.inputs)
+        list.clear(node.outputs)
+
+
+def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> None:
+    """Disconnect nodes and take them out of `graph`, in one sweep of its node list.
+
+    Raises:
+        ValueError: an output of one of them is still read or is a graph output.
+    """
+    doomed = {id(node): node for node in nodes}
+    kept_outputs = {id(tensor) for tensor in graph.outputs}
+    for node in doomed.values():
+        for tensor in node.outputs:
+            if id(tensor) in kept_outputs or any(id(consumer) not in doomed for consumer in tensor.outputs):
+                raise ValueError(f"cannot remove {node.name or node.op}: its output {tensor.name} is in use")
+    for node in doomed.values():
+        disconnect(node)
+    graph.nodes[:] = [node for node in graph.nodes if id(node) not in doomed]
+
+
+def _drop_identical(nodes: list[gs.Node], node: gs.Node) -> None:
+    for index, other in enumerate(nodes):
+        if other is node:
+            list.__delitem__(nodes, index)
+            return
+
+
+class Names:
+    """The tensor and node names that a graph uses, and new ones that clash with none of them."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self._used: set[str] = set()
+        for each in all_graphs(graph):
+            self._used.update(tensor.name for tensor in (*each.inputs, *each.outputs))
+            for node in each.nodes:
+                self._used.add(node.name)
+                self._used.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, or `wanted_1`, `wanted_2` ... if it is taken; the name is taken from now on."""
+        name, number = wanted, 0
+        while name in self._used:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._used.add(name)
+        return name

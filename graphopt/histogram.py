@@ -1,0 +1,178 @@
+"""What a tensor's values looked like over all samples, in memory that does not grow with them.
+
+`Extremes` keeps the exact minimum and maximum and the numbers of values and of zeros. `Histogram` adds the
+distribution: bin k counts the values x with trunc(x / width) = k, for -2047 <= k <= 2047. Truncation goes
+towards zero, so the bins of x and of -x mirror each other, and bin 0 is (-width, width).
+
+The width is a power of two, the smallest that makes 2048 * width exceed the largest |x| so far. When a larger
+value comes, the width doubles as often as needed and neighbouring bins merge. Nothing moves that a fresh
+start with the final width would have put elsewhere: x / width is exact in floating point, and
+trunc(trunc(x / w) / 2) = trunc(x / 2w). So the result is the same, bit for bit, whatever the order of the
+samples and however they are batched, and histograms of two shards of the data merge into that of all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphopt.graph import Array
+
+BINS = 2048  # on each side of zero
+FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+_CHUNK = 1 << 16  # values binned at a time, so that the buffers stay in a core's cache
+_SMALLEST_EXPONENT = -120  # of the bin width: its inverse is a float32; smaller values fall into bin 0
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity among the values; the message is which."""
+
+
+class Extremes:
+    """The exact minimum and maximum of a tensor, and how many values it had and how many were zero."""
+
+    def __init__(self) -> None:
+        self.minimum = math.inf  # above the maximum while there are no values
+        self.maximum = -math.inf
+        self.count = 0
+        self.zeros = 0
+
+    def add(self, values: Array) -> None:
+        """Take in an array of any shape and any of `FLOAT_TYPES`; an empty one changes nothing.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; the values before it may have been taken in.
+            TypeError: another dtype.
+        """
+        for chunk in _chunks(values):
+            low, high = float(chunk.min()), float(chunk.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise NonFiniteError("NaN" if math.isnan(low) else "infinite")
+            self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+            self.count += chunk.size
+            if low <= 0 <= high:
+                self.zeros += int(np.count_nonzero(np.equal(chunk, 0, out=_scratch.flags[: chunk.size])))
+            self._add_chunk(chunk, low, high)
+
+    def merge(self, other: Extremes) -> None:
+        """Take in all that `other` has seen."""
+        self.minimum = min(self.minimum, other.minimum)
+        self.maximum = max(self.maximum, other.maximum)
+        self.count += other.count
+        self.zeros += other.zeros
+
+    def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
+        """Take in what only a subclass keeps; `low` and `high` are the chunk's extremes."""
+
+
+class Histogram(Extremes):
+    """The extremes of a tensor and the distribution of its values.
+
+    `counts` has 2 * BINS - 1 int64 entries, bin k at `counts[k + BINS - 1]`; a bin is `2.0 ** width_exponent`
+    wide.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width_exponent = _SMALLEST_EXPONENT
+        self.counts: NDArray[np.int64] = np.zeros(2 * BINS - 1, np.int64)
+
+    @property
+    def width(self) -> float:
+        """The width of a bin, in the tensor's unit."""
+        return math.ldexp(1.0, self.width_exponent)
+
+    @property
+    def mean(self) -> float:
+        """The mean of the values with each at the middle of its bin: at most a bin width from the true mean.
+
+        A sum of the values themselves would depend on the order in which floating point adds them. NaN
+        without values.
+        """
+        if not self.count:
+            return math.nan
+        bins = np.arange(1 - BINS, BINS)
+        middles = bins + 0.5 * np.sign(bins)
+        return float(middles @ self.counts) / self.count * self.width
+
+    def magnitudes(self) -> NDArray[np.int64]:
+        """The counts of |x|: `BINS` int64 entries, entry k for k * width <= |x| < (k + 1) * width."""
+        counts = self.counts[BINS - 1 :].copy()
+        counts[1:] += self.counts[BINS - 2 :: -1]
+        return counts
+
+    def merge(self, other: Extremes) -> None:
+        """Take in all that `other` has seen.
+
+        Raises:
+            TypeError: `other` has no bins.
+        """
+        if not isinstance(other, Histogram):
+            raise TypeError("a histogram merges with histograms only: bare extremes have no bins")
+        super().merge(other)
+        exponent = max(self.width_exponent, other.width_exponent)
+        self._widen(exponent)
+        self.counts += _widened(other.counts, exponent - other.width_exponent)
+
+    def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
+        self._widen(_width_exponent(max(-low, high)))
+        # A power of two: products are exact, or so small that they truncate to bin 0 whatever they round to.
+        per_width = chunk.dtype.type(math.ldexp(1.0, -self.width_exponent))
+        first, last = int(low * per_width), int(high * per_width)
+        scaled = np.multiply(chunk, per_width, out=_scratch.scaled[chunk.dtype.type][: chunk.size])
+        truncated = _scratch.truncated[: chunk.size]
+        np.copyto(truncated, scaled, casting="unsafe")  # by way of int32: straight to int64 is slow on most CPUs
+        bins = np.subtract(truncated, first, out=_scratch.bins[: chunk.size])
+        self.counts[first + BINS - 1 : last + BINS] += np.bincount(bins)
+
+    def _widen(self, exponent: int) -> None:
+        if exponent > self.width_exponent:
+            self.counts = _widened(self.counts, exponent - self.width_exponent)
+            self.width_exponent = exponent
+
+
+class _Scratch(threading.local):
+    """Buffers for one chunk, a set for each thread: fresh ones would quadruple the time by page faults."""
+
+    def __init__(self) -> None:
+        self.flags = np.empty(_CHUNK, np.bool_)
+        self.scaled = {dtype: np.empty(_CHUNK, dtype) for dtype in (np.float32, np.float64)}
+        self.truncated = np.empty(_CHUNK, np.int32)
+        self.bins = np.empty(_CHUNK, np.intp)  # what np.bincount takes without a copy
+
+
+_scratch = _Scratch()
+
+
+def _width_exponent(largest: float) -> int:
+    """The exponent of the narrowest bins that reach beyond the magnitude `largest`."""
+    if largest == 0:
+        return _SMALLEST_EXPONENT
+    return max(math.frexp(largest)[1] - BINS.bit_length() + 1, _SMALLEST_EXPONENT)
+
+
+def _widened(counts: NDArray[np.int64], doublings: int) -> NDArray[np.int64]:
+    """The counts for bins `2 ** doublings` times as wide."""
+    if doublings == 0:
+        return counts
+    bins = np.arange(1 - BINS, BINS)
+    merged = np.sign(bins) * (abs(bins) >> min(doublings, BINS.bit_length()))  # rounds towards zero
+    widened = np.zeros_like(counts)
+    np.add.at(widened, merged + BINS - 1, counts)
+    return widened
+
+
+def _chunks(values: Array) -> Iterator[NDArray[Any]]:
+    """The values in cache-sized flat pieces of float32 or float64, in any order."""
+    if values.dtype.name not in FLOAT_TYPES:
+        raise TypeError(f"a histogram takes {', '.join(FLOAT_TYPES)} values, not {values.dtype.name}")
+    flat = values.ravel(order="K")  # memory order: a transposed array is not copied
+    dtype = np.float64 if values.dtype.name == "float64" else np.float32
+    for start in range(0, flat.size, _CHUNK):
+        yield flat[start : start + _CHUNK].astype(dtype, copy=False)

@@ -1,0 +1,254 @@
+"""Models in and out: a path, a ModelProto or a `gs.Graph` becomes a `Model`, and a `Model` becomes a file.
+
+Everything that graphsurgeon has no place for travels in the model's `Frame`. Weights in files beside the
+model are mapped, and a result that would pass protobuf's limit of 2 GB gets its weights in one file beside
+it; no protobuf larger than that is ever serialized. A file is written whole or not at all, and never over
+an input.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from graphopt.errors import ModelError, OutputError
+from graphopt.files import atomic_path
+from graphopt.frame import Frame
+from graphopt.graph import all_graphs
+from graphopt.graph_copy import copy_graph
+from graphopt.graph_export import export_model
+from graphopt.graph_import import import_model, without_weights
+from graphopt.opset import raise_opset
+from graphopt.protobuf import without
+from graphopt.shapes import hollow, infer_shapes
+from graphopt.stored_values import VALUE_FIELDS, StoredTensor, stored_bytes, tensor_proto
+
+__all__ = [
+    "Model",
+    "Source",
+    "fits_one_file",
+    "hollow",
+    "infer_shapes",
+    "load_model",
+    "raise_opset",
+    "refuse_target",
+    "save_model",
+]
+
+Source: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
+
+PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; what is left of 2 GiB is room for the graph's own growth
+_BESIDE_THRESHOLD = 1024  # bytes; a smaller weight stays in the model file, as with onnx.save_model
+_ALIGNMENT = 4096  # bytes; a page, so that runtimes can map each weight
+
+G_LOGGER.severity = G_LOGGER.ERROR  # it prints each numpy type that it does not know
+
+
+@dataclass
+class Model:
+    """A graph and what `gs.Graph` has no place for.
+
+    Attributes:
+        graph: the graph; passes change it in place.
+        frame: metadata, doc strings and the rest; see `graphopt.frame`.
+        path: the file it was loaded from, None for a ModelProto or a graph.
+
+    """
+
+    graph: gs.Graph
+    frame: Frame = field(default_factory=Frame)
+    path: Path | None = None
+
+    def copy(self) -> Model:
+        """Return a clone that shares the weights, which are never written in place, and nothing else."""
+        return Model(copy_graph(self.graph), self.frame.copy(), self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct weights, those of branches, bodies and functions included."""
+        values = {id(constant._values): constant._values for constant in _all_constants(self.graph)}
+        return sum(each.nbytes for each in values.values())
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Return a ModelProto that holds all weights itself; in memory it may pass 2 GB.
+
+        Raises:
+            ModelError: the graph has a cycle, or a value that ONNX cannot express.
+
+        """
+        return export_model(self.graph, self.frame)
+
+
+def load_model(source: Source) -> Model:
+    """Load a model.
+
+    Weights are read when a pass asks for them; those in files beside the model are mapped. A ModelProto is
+    not copied as far as weights go and must stay as it is while the Model is used; a `gs.Graph` becomes the
+    Model's graph itself. An initializer that is a graph input too may be overridden by callers from IR 4
+    on: it becomes a plain input whose default is in `frame.defaults`; before IR 4 it is a constant, as for
+    onnxruntime.
+
+    Raises:
+        ModelError: the file is missing, is no ONNX model, is damaged, or lacks a file of weights beside it.
+
+    """
+    if isinstance(source, gs.Graph):
+        return Model(source)
+    if isinstance(source, onnx.ModelProto):
+        return Model(*import_model(source, None, owned=False))
+    path = Path(source)
+    proto = _read_proto(path)
+    try:
+        graph, frame = import_model(proto, path.parent, owned=True)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return Model(graph, frame, path)
+
+
+def _read_proto(path: Path) -> onnx.ModelProto:
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give the .onnx file in it")
+    try:
+        if path.stat().st_size >= 2**31:
+            raise ModelError(f"{path}: larger than 2 GB, which no protobuf can be; it is damaged or no ONNX model")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if not content:
+        raise ModelError(f"{path}: is empty; export or download the model again")
+    try:
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
+    except DecodeError:
+        raise ModelError(f"{path}: {_what_it_is(content)}") from None
+    if not proto.HasField("graph") or (proto.ir_version >= 3 and not proto.opset_import):
+        raise ModelError(f"{path}: {_what_it_is(content)}")
+    return proto
+
+
+def _what_it_is(content: bytes) -> str:
+    """Say what a file that is no model seems to be."""
+    if content.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the model; run `git lfs pull`"
+    try:
+        content[:1024].decode("ascii")
+    except UnicodeDecodeError:
+        return "is no ONNX model, or its end is missing; export or download it again"
+    return "is a text file, not an ONNX model; give the binary .onnx file"
+
+
+def save_model(
+    model: Model | onnx.ModelProto,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    protect: Collection[str | os.PathLike[str]] = (),
+) -> None:
+    """Write a model, whole or not at all.
+
+    The result is one file. Where that would pass 2 GB, weights of at least 1 KB go to `<file name>.data`
+    beside it, which is written first. `protect` are files that must never be written, whatever `overwrite`
+    says; the file that the model was loaded from, and those with its weights, are protected anyway.
+
+    Raises:
+        OutputError: the file exists and `overwrite` is false, it is protected, or it cannot be written; no
+            file is left behind.
+        ModelError: the graph cannot be expressed in ONNX.
+
+    """
+    target = Path(path)
+    protected = [Path(each) for each in protect]
+    if isinstance(model, Model):
+        protected += [model.path] if model.path else []
+        protected += _files_of(model.graph)
+    refuse_target(target, overwrite=overwrite, protect=protected)
+    if fits_one_file(model):
+        proto = model.to_proto() if isinstance(model, Model) else model
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(proto.SerializeToString())
+        return
+    data = target.with_name(target.name + ".data")
+    refuse_target(data, overwrite=overwrite, protect=protected)
+    is_new = not data.exists()
+    try:
+        with atomic_path(target) as temporary, atomic_path(data) as temporary_data:
+            with temporary_data.open("wb") as file:
+                proto = _with_weights_in(file, data.name, model)
+            temporary.write_bytes(proto.SerializeToString())
+    except OutputError:
+        if is_new:  # the weights took their name before the model failed to
+            data.unlink(missing_ok=True)
+        raise
+
+
+def refuse_target(target: Path, *, overwrite: bool = False, protect: Collection[str | os.PathLike[str]] = ()) -> None:
+    """Refuse to write where an input is, or where any file is unless `overwrite`: before work starts, too.
+
+    Raises:
+        OutputError: `target` is one of `protect`, or exists; or there is no folder for it.
+
+    """
+    if not target.parent.is_dir():
+        raise OutputError(f"cannot write {target}: there is no folder {target.parent}; create it first")
+    if not target.exists():
+        return
+    if any(Path(each).exists() and target.samefile(each) for each in protect):
+        raise OutputError(f"cannot write {target}: it is an input; give the output another name")
+    if target.is_dir():
+        raise OutputError(f"cannot write {target}: it is a folder; give the name of a file in it")
+    if not overwrite:
+        raise OutputError(f"cannot write {target}: it exists already; give another name or --overwrite")
+
+
+def _files_of(graph: gs.Graph) -> list[Path]:
+    values = (constant._values for constant in _all_constants(graph))
+    return list({each.file: None for each in values if isinstance(each, StoredTensor) and each.file})
+
+
+def fits_one_file(model: Model | onnx.ModelProto) -> bool:
+    """Whether a model with all its weights stays below the size that a protobuf can have."""
+    if isinstance(model, onnx.ModelProto):
+        weights = sum(stored_bytes(tensor) for tensor in model.graph.initializer)
+        return bool(weights + without_weights(model).ByteSize() < PROTOBUF_LIMIT)
+    return model.nbytes < PROTOBUF_LIMIT
+
+
+def _all_constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    for each in (graph, *graph.functions):
+        for inner in all_graphs(each):
+            for node in inner.nodes:
+                tensors = (*node.inputs, *node.attrs.values())
+                yield from (tensor for tensor in tensors if isinstance(tensor, gs.Constant))
+            yield from (tensor for tensor in inner.outputs if isinstance(tensor, gs.Constant))
+
+
+def _with_weights_in(file: BinaryIO, name: str, model: Model | onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with its larger weights written to `file`, which it knows as `name`."""
+
+    def beside(tensor: TensorProto) -> TensorProto:
+        if tensor.data_type == TensorProto.STRING or stored_bytes(tensor) < _BESIDE_THRESHOLD:
+            return tensor
+        content = tensor.raw_data or numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+        file.write(bytes(-file.tell() % _ALIGNMENT))
+        moved = without(tensor, *VALUE_FIELDS)
+        moved.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", name), ("offset", file.tell()), ("length", len(content))):
+            moved.external_data.add(key=key, value=str(value))
+        file.write(content)
+        return moved
+
+    if isinstance(model, Model):
+        return export_model(model.graph, model.frame, lambda constant: beside(tensor_proto(constant)))
+    shell = without_weights(model)
+    shell.graph.initializer.extend(beside(tensor) for tensor in model.graph.initializer)
+    return shell

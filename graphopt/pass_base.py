@@ -1,0 +1,81 @@
+"""The contract of a pass: what it is given, what it may do, and what it reports.
+
+A pass is a frozen dataclass whose fields are its options. `apply` changes a `gs.Graph` in place and returns a
+`PassResult`; the pass manager works on a clone, so a caller's graph is never touched. A graph that was valid before is
+valid after, with the same outputs within the tolerance of the pass's `effect`. Every place that looked like a match
+and was left alone is a `Skip` whose reason a user can act on. A pass raises only when the request cannot be honoured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, NamedTuple
+
+import onnx_graphsurgeon as gs
+
+from graphopt.data import Samples
+from graphopt.progress import Progress, silent
+from graphopt.ranges import Ranges
+from graphopt.targets import Target, target_named
+
+
+class Effect(Enum):
+    """What a pass does to the outputs, and so how its result is verified."""
+
+    EXACT = "exact"  # bit-equal, or the order in which onnxruntime adds
+    REASSOCIATES = "reassociates"  # equal but for float rounding
+    LOSSY = "lossy"  # quantization, removal: judged by the final check, not by a tolerance
+
+
+class Skip(NamedTuple):
+    """A place that looked like a match and was left alone."""
+
+    where: str  # the node's or tensor's name
+    reason: str  # a sentence that a user can act on
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassResult:
+    """What one run of a pass did.
+
+    `rewrites` counts the changes made to the graph; `parts` splits them by kind (for a group: by member pass).
+    """
+
+    rewrites: int = 0
+    skipped: tuple[Skip, ...] = ()
+    parts: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a user should know besides: "opset raised from 11 to 13"
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What passes share while one pipeline runs: the request, and the values that analyses leave for rewrites."""
+
+    target: Target = field(default_factory=lambda: target_named("ort-cpu"))
+    samples: Samples | None = None  # calibration data; None: synthetic inputs
+    ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
+    defaults: Mapping[str, gs.Constant] = field(default_factory=dict)  # of graph inputs that a caller may override
+    progress: Progress = silent
+    seed: int = 0
+
+
+class Pass(ABC):
+    """One analysis or one rewrite of a graph.
+
+    Subclasses are `@dataclass(frozen=True, kw_only=True)`. Field types are those of the pipeline text: bool, int,
+    float, str, an `Enum`, or a tuple of these; each field needs a default and a `help` text in its metadata.
+    """
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+
+    @abstractmethod
+    def apply(self, graph: gs.Graph, context: Context) -> PassResult:
+        """Change `graph` in place and say what was done.
+
+        Raises:
+            GraphoptError: the request cannot be honoured; the graph may then be half changed and is discarded.
+        """

@@ -1,0 +1,416 @@
+"""Where a target wants Q/DQ pairs: an analysis of a float graph, used by `calibrate` (what to observe) and `qdq`.
+
+One propagation, driven by the target's table:
+
+1. operators that gain from int8 start it, unless a guard keeps them float (a `Skip` says why);
+2. forward, in topological order: an operator that joins or commutes *can* run in int8 when one of its inputs is
+   available in int8;
+3. backward: of those, the ones stay whose result an int8 operator reads; the others would pay for a Q/DQ pair that
+   saves nothing;
+4. the inputs of what stays, and its outputs where the target fuses operators with the Q behind them, carry quantizers.
+   An activation function that the Q makes redundant is absorbed: the Q stands behind it.
+
+Tensors joined by operators that only move values share one scale: that of the value's source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.graph import all_graphs, is_constant, present, producer
+from graphopt.pass_base import Skip
+from graphopt.targets import Role, Rule, Target
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One input of one node: where a DequantizeLinear feeds an operator."""
+
+    node: gs.Node
+    index: int
+
+    @property
+    def tensor(self) -> gs.Tensor:
+        """The tensor that the input reads."""
+        return self.node.inputs[self.index]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What carries a quantizer.
+
+    Attributes:
+        nodes: the operators that run in int8.
+        activations: by tensor name, the tensor and the tensor whose range it uses (itself, unless only moved).
+        readers: by tensor name, the inputs that read the tensor through its Q/DQ pair.
+        weights: constant inputs, each with the axis that has a scale for each index (None: one scale).
+        operands: constant inputs that are quantized like activations (Add and Mul by a constant).
+        biases: constants that are added to an operator's result as part of it; they must be vectors.
+        skipped: operators that gain from int8 and stay float.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    activations: Mapping[str, tuple[gs.Tensor, gs.Tensor]]
+    readers: Mapping[str, tuple[Edge, ...]]
+    weights: tuple[tuple[Edge, int | None], ...]
+    operands: tuple[Edge, ...]
+    biases: tuple[Edge, ...]
+    skipped: tuple[Skip, ...]
+
+    def source_name(self, tensor: gs.Tensor) -> str:
+        """The name of the tensor whose range `tensor` uses; its own where it carries no quantizer."""
+        _, source = self.activations.get(tensor.name, (tensor, tensor))
+        name: str = source.name
+        return name
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the tensors whose ranges calibration must find."""
+        return tuple(dict.fromkeys(source.name for _, source in self.activations.values()))
+
+
+def place(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = None) -> Placement:
+    """Decide where quantizers go.
+
+    Args:
+        graph: a float graph in topological order whose tensors have dtypes and shapes where they can be known
+            (`infer_shapes`).
+        target: the table to follow.
+        excluded: by id of a node, why it must stay float.
+    """
+    return _Placing(graph, target, excluded or {}).run()
+
+
+def node_label(node: gs.Node) -> str:
+    """A node's name, or its operator and first output when it has none."""
+    return node.name or f"{node.op} -> {node.outputs[0].name}"
+
+
+def output_channel_axis(node: gs.Node, weight_rank: int) -> int | None:
+    """The axis of input 1 that runs along the operator's output channels; None where there is no such axis.
+
+    Conv: [M, C/group, k...] -> 0. ConvTranspose: [C, M/group, k...] -> 1, if group is 1. Gemm: [K, N] -> 1, or
+    [N, K] -> 0 with transB. MatMul: [K, N] -> 1; a stack of matrices has none.
+    """
+    if node.op == "Conv":
+        return 0
+    if node.op == "ConvTranspose":
+        return 1 if node.attrs.get("group", 1) == 1 else None
+    if node.op == "Gemm":
+        return 0 if node.attrs.get("transB", 0) else 1
+    return 1 if weight_rank == 2 else None
+
+
+class _Placing:
+    """The state of one propagation; sets hold `id`s, because graphsurgeon compares by content."""
+
+    def __init__(self, graph: gs.Graph, target: Target, excluded: Mapping[int, str]) -> None:
+        self.graph = graph
+        self.target = target
+        self.excluded = excluded
+        self.outputs = {id(tensor) for tensor in graph.outputs}
+        self.nested_uses = _tensors_used_by_bodies(graph)
+        self.skipped: list[Skip] = []
+        self.kept: dict[int, gs.Node] = {}
+
+    def run(self) -> Placement:
+        gaining = [node for node in self.graph.nodes if self._gains(node)]
+        self.kept = {id(node): node for node in gaining}
+        self._skip_nested()
+        if self.target.quantizes_outputs:
+            self._join_neighbours()
+        edges = [edge for node in self.kept.values() for edge in self._quantized_inputs(node)]
+        edges += self._residual_edges()
+        return self._collect(edges)
+
+    # ---------------------------------------------------------------- which operators
+
+    def _gains(self, node: gs.Node) -> bool:
+        rule = self._rule(node)
+        reason = self.target.stays_float.get(node.op)
+        if rule is not None and rule.role is Role.GAINS:
+            reason = self._why_not(node, rule)
+            if reason is None:
+                return True
+        if reason is not None:
+            self.skipped.append(Skip(node_label(node), reason))
+        return False
+
+    def _why_not(self, node: gs.Node, rule: Rule) -> str | None:
+        """Why an operator that would gain from int8 must stay float; None when nothing speaks against it."""
+        if id(node) in self.excluded:
+            return self.excluded[id(node)]
+        if node.op == "Gemm" and (node.attrs.get("transA", 0) or node.attrs.get("beta", 1.0) != 1.0):
+            return "int8 kernels of Gemm need transA = 0 and beta = 1"
+        value, weight = node.inputs[0], node.inputs[1]
+        for tensor in (value, weight):
+            if (dtype := _dtype(tensor)) != np.float32:
+                return f"{tensor.name} is {dtype or 'of unknown type'}; only float32 is quantized"
+            if (rank := _rank(tensor)) is not None and rank < 2:
+                return f"{tensor.name} is a vector: there is no matrix product to speed up"
+        if is_constant(value) and is_constant(weight):
+            return "both inputs are constant: run fold first"
+        if rule.needs_constant_weight and not is_constant(weight):
+            if any(tensor is weight for tensor in self.graph.inputs):
+                return f"weight {weight.name} is a graph input that a caller may override: run freeze-inputs first"
+            return f"weight {weight.name} is computed at run time"
+        return self._too_small(node, rule)
+
+    def _too_small(self, node: gs.Node, rule: Rule) -> str | None:
+        """Whether too few channels meet in an operator for int8 to gain there."""
+        weight = node.inputs[1]
+        if rule.minimum_channels <= 1 or not is_constant(weight) or weight.shape is None:
+            return None
+        least = rule.minimum_channels
+        channels_in, channels_out = _channels(node, tuple(weight.shape))
+        if min(channels_in, channels_out) >= least:
+            return None
+        group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
+        square = len(set(kernel)) == 1
+        if node.op == "Conv" and group == 1 and square and channels_out % 8 == 0 and channels_out >= least:
+            return None  # a first layer: padded to the kernel's channel multiple
+        if node.op == "Conv" and group > 1 and channels_out % 8 == 0 and min(kernel, default=0) >= 3:
+            return None
+        return f"{channels_in} channels in and {channels_out} out: under {least}, int8 is no faster"
+
+    def _skip_nested(self) -> None:
+        """Operators inside branches and bodies cannot be calibrated: their tensors cannot become outputs."""
+        for body in all_graphs(self.graph):
+            if body is self.graph:
+                continue
+            for node in body.nodes:
+                rule = self._rule(node)
+                if rule is not None and rule.role is Role.GAINS:
+                    reason = "it is inside a branch or a body, where its tensors cannot be observed"
+                    self.skipped.append(Skip(node_label(node), reason))
+
+    def _join_neighbours(self) -> None:
+        """Steps 2 and 3 of the propagation: what can run in int8, then what of it pays."""
+        available: set[int] = set()
+        candidates: list[gs.Node] = []
+        for node in self.graph.nodes:
+            rule = self._rule(node)
+            if id(node) in self.kept:
+                available.update(id(edge.tensor) for edge in self._quantized_inputs(node))
+                if self._needs_output(node):
+                    available.update(id(tensor) for tensor in self._results(node))
+            elif rule is not None and self._can_join(node, rule, available):
+                candidates.append(node)
+                available.update(id(tensor) for tensor in self._results(node))
+        for node in reversed(candidates):
+            if any(self._int8_reads(tensor) for tensor in self._results(node)):
+                self.kept[id(node)] = node
+
+    def _can_join(self, node: gs.Node, rule: Rule, available: set[int]) -> bool:
+        if rule.role is Role.GAINS or id(node) in self.excluded:
+            return False
+        inputs = [edge.tensor for edge in self._quantized_inputs(node)]
+        if any(_dtype(tensor) != np.float32 for tensor in (*inputs, *present(node.outputs))):
+            return False
+        dynamic = [tensor for tensor in inputs if not is_constant(tensor)]
+        return any(id(tensor) in available for tensor in dynamic)
+
+    def _int8_reads(self, tensor: gs.Tensor) -> bool:
+        return any(
+            id(consumer) in self.kept and any(edge.tensor is tensor for edge in self._quantized_inputs(consumer))
+            for consumer in tensor.outputs
+        )
+
+    # ---------------------------------------------------------------- which tensors
+
+    def _rule(self, node: gs.Node) -> Rule | None:
+        return self.target.rules.get(node.op) if node.domain in (None, "", "ai.onnx") else None
+
+    def _quantized_inputs(self, node: gs.Node) -> list[Edge]:
+        rule = self.target.rules[node.op]
+        indices = range(len(node.inputs)) if rule.inputs is None else rule.inputs
+        return [Edge(node, index) for index in indices if index < len(node.inputs) and node.inputs[index].name]
+
+    def _results(self, node: gs.Node) -> list[gs.Tensor]:
+        """The tensors on which the quantizers of a node's outputs stand.
+
+        Behind an operator that only moves values there is nothing to absorb: the Q of its input has clipped already.
+        """
+        outputs = present(node.outputs)
+        if self.target.rules[node.op].role is Role.COMMUTES:
+            return outputs
+        if (bias := self._bias_of(node)) is not None:
+            outputs = bias.node.outputs
+        return [self._behind_activation(output) for output in outputs]
+
+    def _needs_output(self, node: gs.Node) -> bool:
+        return self.target.rules[node.op].needs_output or self._bias_of(node) is not None
+
+    def _bias_of(self, node: gs.Node) -> Edge | None:
+        """The constant input of an Add that becomes part of `node`: a value for each output feature of a product.
+
+        onnxruntime fuses matrices with a [N] or [1, N], and stacks of matrices of known shape with a [N].
+        """
+        if not self.target.rules[node.op].fuses_bias or not is_constant(node.inputs[1]):
+            return None
+        (output,) = node.outputs
+        if len(output.outputs) != 1 or id(output) in self.outputs or id(output) in self.nested_uses:
+            return None
+        (add,) = output.outputs
+        if add.op != "Add" or id(add) in self.excluded or _rank(node.inputs[1]) != 2:
+            return None
+        index = int(add.inputs[0] is output)
+        bias, shape = add.inputs[index], node.inputs[0].shape
+        if shape is None or not is_constant(bias) or bias.shape is None:
+            return None
+        features = node.inputs[1].shape[1]
+        stacked = len(shape) > 2 and all(isinstance(size, int) for size in shape)
+        fitting = [(features,), (1, features)] if len(shape) == 2 else [(features,)] if stacked else []
+        return Edge(add, index) if tuple(bias.shape) in fitting else None
+
+    def _behind_activation(self, tensor: gs.Tensor) -> gs.Tensor:
+        """The output of the activation function that reads `tensor`, if a Q there makes that function redundant."""
+        if len(tensor.outputs) != 1 or id(tensor) in self.outputs or id(tensor) in self.nested_uses:
+            return tensor
+        (consumer,) = tensor.outputs
+        if consumer.op not in self.target.absorbed or id(consumer) in self.excluded:
+            return tensor
+        return consumer.outputs[0] if consumer.inputs[0] is tensor else tensor
+
+    def _residual_edges(self) -> list[Edge]:
+        """For targets that fuse an Add into the operator before it: the Add's other input."""
+        if not self.target.residual_adds:
+            return []
+        adds = [node for node in self.graph.nodes if node.op == "Add" and id(node) not in self.excluded]
+        adds = [node for node in adds if not any(is_constant(tensor) for tensor in node.inputs)]
+        if not adds:
+            return []
+        flow = _data_flow(self.graph)
+        edges = (self._residual_edge(node, flow) for node in adds)
+        return [edge for edge in edges if edge is not None]
+
+    def _residual_edge(self, node: gs.Node, flow: nx.DiGraph) -> Edge | None:
+        """The input of a residual Add that bypasses the operator which the Add is fused into.
+
+        The two branches meet at their lowest common ancestor. The branch that comes from a quantized operator is
+        fused; when both do, the longer one is the main path and the shorter one the bypass.
+        """
+        weighted = [index for index, tensor in enumerate(node.inputs) if self._from_quantized(tensor)]
+        if not weighted:
+            return None
+        if len(weighted) == 1:
+            return Edge(node, 1 - weighted[0])
+        depths = _branch_lengths(flow, node)
+        return None if depths is None else Edge(node, int(depths[1] < depths[0]))
+
+    def _from_quantized(self, tensor: gs.Tensor) -> bool:
+        """Whether the only way to a tensor is from an int8 operator (and perhaps its bias Add)."""
+        node = producer(tensor)
+        if node is None or len(tensor.outputs) != 1 or id(tensor) in self.outputs:
+            return False
+        if node.op == "Add" and any(is_constant(operand) for operand in node.inputs):
+            return any(self._from_quantized(operand) for operand in node.inputs if not is_constant(operand))
+        return id(node) in self.kept
+
+    # ---------------------------------------------------------------- the result
+
+    def _collect(self, edges: list[Edge]) -> Placement:
+        weights: list[tuple[Edge, int | None]] = []
+        operands: list[Edge] = []
+        readers: dict[str, list[Edge]] = {}
+        tensors: dict[str, gs.Tensor] = {}
+        for edge in edges:
+            if not is_constant(edge.tensor):
+                readers.setdefault(edge.tensor.name, []).append(edge)
+                tensors[edge.tensor.name] = edge.tensor
+            elif edge.index == 1 and self.target.rules[edge.node.op].role is Role.GAINS:
+                weights.append((edge, self._weight_axis(edge)))
+            else:
+                operands.append(edge)
+        if self.target.quantizes_outputs:
+            for tensor in self._quantized_outputs(tensors.values()):
+                tensors[tensor.name] = tensor
+        return Placement(
+            nodes=tuple(self.kept.values()),
+            activations={name: (tensor, self._range_source(tensor)) for name, tensor in tensors.items()},
+            readers={name: tuple(readers.get(name, ())) for name in tensors},
+            weights=tuple(weights),
+            operands=tuple(operands),
+            biases=tuple(bias for node in self.kept.values() if (bias := self._bias_of(node)) is not None),
+            skipped=tuple(self.skipped),
+        )
+
+    def _weight_axis(self, edge: Edge) -> int | None:
+        if not self.target.rules[edge.node.op].per_channel or edge.tensor.shape is None:
+            return None
+        return output_channel_axis(edge.node, len(edge.tensor.shape))
+
+    def _quantized_outputs(self, read: Iterable[gs.Tensor]) -> list[gs.Tensor]:
+        """Outputs of int8 operators that carry a Q: where the kernel needs one, or an int8 operator reads it."""
+        wanted = {id(tensor) for tensor in read}
+        outputs: list[gs.Tensor] = []
+        for node in self.kept.values():
+            needed = self._needs_output(node)
+            outputs += [tensor for tensor in self._results(node) if needed or id(tensor) in wanted]
+        return outputs
+
+    def _range_source(self, tensor: gs.Tensor) -> gs.Tensor:
+        """The tensor whose range `tensor` has: operators that only move values change none."""
+        node = producer(tensor)
+        while node is not None and id(node) in self.kept and self.target.rules[node.op].role is Role.COMMUTES:
+            tensor = node.inputs[0]
+            node = producer(tensor)
+        return tensor
+
+
+def _tensors_used_by_bodies(graph: gs.Graph) -> set[int]:
+    return {
+        id(tensor) for body in all_graphs(graph) if body is not graph for node in body.nodes for tensor in node.inputs
+    }
+
+
+def _dtype(tensor: gs.Tensor) -> np.dtype[Any] | None:
+    """A tensor's numpy dtype; None when it is not known or numpy has none."""
+    dtype = tensor.dtype
+    return None if dtype is None or isinstance(dtype, int) else np.dtype(dtype)
+
+
+def _rank(tensor: gs.Tensor) -> int | None:
+    return None if tensor.shape is None else len(tensor.shape)
+
+
+def _channels(node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Input and output channels of a weighted operator from its weight's shape."""
+    if node.op == "Conv":
+        return shape[1] * node.attrs.get("group", 1), shape[0]
+    if node.op == "ConvTranspose":
+        return shape[0], shape[1] * node.attrs.get("group", 1)
+    if node.op == "Gemm" and node.attrs.get("transB", 0):
+        return shape[1], shape[0]
+    return shape[-2], shape[-1]
+
+
+def _data_flow(graph: gs.Graph) -> nx.DiGraph:
+    """The graph's nodes by id, with an edge from each producer to each consumer, and one root before all sources."""
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        before = [parent for parent in map(producer, node.inputs) if parent is not None]
+        flow.add_edges_from((id(parent), id(node)) for parent in before)
+        if not before:
+            flow.add_edge("source", id(node))
+    return flow
+
+
+def _branch_lengths(flow: nx.DiGraph, node: gs.Node) -> tuple[int, int] | None:
+    """Operators between a two-input node and the lowest common ancestor of its branches, for each input."""
+    left, right = producer(node.inputs[0]), producer(node.inputs[1])
+    if left is None or right is None:
+        return None
+    meeting = nx.lowest_common_ancestor(flow, id(left), id(right))
+    if meeting is None:
+        return None
+    return (
+        nx.shortest_path_length(flow, meeting, id(left)),
+        nx.shortest_path_length(flow, meeting, id(right)),
+    )

@@ -1,0 +1,105 @@
+"""Affine quantization in numpy: scale, zero point, quantize, dequantize.
+
+A real x is stored as the integer q = clamp(round_half_even(x / scale) + zero_point, qmin, qmax) and read back as
+(q - zero_point) * scale: the arithmetic of ONNX QuantizeLinear and DequantizeLinear
+(https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html). *Symmetric* means zero_point = 0 for signed types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+"""A scale below the smallest normal float32 may be flushed to zero by a runtime, and then divides by it."""
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """An integer type and the part of its range that is used.
+
+    Weights use [-127, 127] of int8, so that negating a weight never overflows; activations use the whole range.
+    """
+
+    dtype: np.dtype[Any]
+    minimum: int
+    maximum: int
+    symmetric: bool  # the zero point is 0, and the range is widened to be symmetric around it
+
+    @property
+    def levels(self) -> int:
+        """Steps between the lowest and the highest value."""
+        return self.maximum - self.minimum
+
+
+UINT8 = QuantType(np.dtype(np.uint8), 0, 255, symmetric=False)
+INT8 = QuantType(np.dtype(np.int8), -128, 127, symmetric=False)
+INT8_SYMMETRIC = QuantType(np.dtype(np.int8), -128, 127, symmetric=True)
+INT8_WEIGHT = QuantType(np.dtype(np.int8), -127, 127, symmetric=True)
+INT8_WEIGHT_7_BIT = QuantType(np.dtype(np.int8), -64, 64, symmetric=True)
+"""Two products of a uint8 and such a weight still fit 16 bits: 2 * 255 * 64 = 32640. See `targets.ort_cpu`."""
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """Scale and zero point of one tensor: scalars, or one value for each index of `axis`."""
+
+    scale: Array  # float32, > 0, shape () or [C]
+    zero_point: Array  # of the quantized dtype, same shape as scale
+    quant_type: QuantType
+    axis: int | None = None
+
+    def _along_axis(self, values: Array, rank: int) -> Array:
+        if self.axis is None:
+            return values
+        shape = [1] * rank
+        shape[self.axis] = -1
+        return values.reshape(shape)
+
+    def quantize(self, values: Array) -> Array:
+        """Real values -> integers of the quantized dtype, same shape."""
+        scale = self._along_axis(self.scale, values.ndim)
+        zero_point = self._along_axis(self.zero_point, values.ndim).astype(np.float32)
+        stored = np.rint(values / scale) + zero_point
+        return stored.clip(self.quant_type.minimum, self.quant_type.maximum).astype(self.quant_type.dtype)
+
+    def dequantize(self, stored: Array) -> Array:
+        """Integers -> float32, same shape."""
+        zero_point = self._along_axis(self.zero_point, stored.ndim).astype(np.int32)
+        scale = self._along_axis(self.scale, stored.ndim)
+        real: Array = ((stored.astype(np.int32) - zero_point) * scale).astype(np.float32)
+        return real
+
+
+def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> QuantParams:
+    """Per-tensor parameters that cover [minimum, maximum].
+
+    The range is first widened to contain 0, so that 0 (padding, Relu) is exact; symmetric types cover
+    [-m, m] with m = max(|minimum|, |maximum|) by +-qmax steps.
+    """
+    low, high = min(minimum, 0.0), max(maximum, 0.0)
+    if quant_type.symmetric:
+        scale = np.float32(max(max(-low, high) / quant_type.maximum, SMALLEST_SCALE))
+        zero_point = 0
+    else:
+        scale = np.float32(max((high - low) / quant_type.levels, SMALLEST_SCALE))
+        zero_point = quant_type.minimum + round(-low / float(scale))
+        zero_point = min(max(zero_point, quant_type.minimum), quant_type.maximum)
+    return QuantParams(np.asarray(scale), np.asarray(zero_point, quant_type.dtype), quant_type)
+
+
+def params_of_weight(weight: Array, axis: int | None, quant_type: QuantType) -> QuantParams:
+    """Symmetric parameters of a weight: per tensor, or one scale for each index of `axis`.
+
+    scale[c] = max |weight[c]| / qmax. A channel of zeros gets scale 1: any would do, and no division by zero follows.
+    """
+    magnitude = np.abs(weight.astype(np.float64))
+    others = None if axis is None else tuple(other for other in range(weight.ndim) if other != axis)
+    largest = np.asarray(magnitude.max(axis=others, initial=0.0))
+    scale = np.where(largest > 0, np.maximum(largest / quant_type.maximum, SMALLEST_SCALE), 1.0)
+    return QuantParams(scale.astype(np.float32), np.zeros(scale.shape, quant_type.dtype), quant_type, axis=axis)

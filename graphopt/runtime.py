@@ -1,0 +1,225 @@
+"""onnxruntime sessions: open one for a model of any size, run it, count its operators, time it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from graphopt.data import Feed, InputSpec
+from graphopt.errors import DataError, GraphoptError, ModelError
+from graphopt.model_io import Model, fits_one_file, load_model
+from graphopt.protobuf import all_graph_protos, without
+from graphopt.weight_sharing import share_weights
+
+Array = NDArray[Any]
+Runnable = Model | onnx.ModelProto | Path
+Result = TypeVar("Result")
+
+_SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
+    RuntimeError,
+    ValueError,
+)
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "double": np.dtype(np.float64),
+    "string": np.dtype(object),
+}
+
+
+class Session:
+    """A model that is ready to run on the CPU.
+
+    Attributes:
+        inputs: what each required input takes; inputs with a default value are left out.
+        outputs: the names of the outputs, extra ones last.
+
+    """
+
+    def __init__(self, session: ort.InferenceSession, weights: Sequence[ort.OrtValue] = ()) -> None:
+        self._session = session
+        self._weights = weights  # the session reads them in place
+        self.inputs = tuple(map(_input_spec, session.get_inputs()))
+        self.outputs = tuple(output.name for output in session.get_outputs())
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once and return the named outputs, by default all of them.
+
+        Raises:
+            DataError: the feed lacks an input, or has one that the model does not have or take.
+            ModelError: the model fails on it.
+
+        """
+        missing = [spec.name for spec in self.inputs if spec.name not in feed]
+        if missing:
+            raise DataError(f"the feed has no {missing[0]!r}, which the model needs; it has {sorted(feed)}")
+        names = list(self.outputs if outputs is None else outputs)
+        results = _with_our_errors(lambda: self._session.run(names, feed), bad_argument=DataError)
+        return dict(zip(names, results, strict=True))
+
+
+def open_session(
+    model: Runnable,
+    *,
+    threads: int = 0,
+    optimize: bool = True,
+    extra_outputs: Sequence[str] = (),
+    saturation_free: bool = False,
+) -> Session:
+    """Open a session on the CPU.
+
+    Args:
+        model: what to run; of a model that would pass 2 GB the weights are handed over in place, without a
+            protobuf.
+        threads: how many threads one operator may use; 0 leaves that to onnxruntime.
+        optimize: whether onnxruntime may rewrite the graph, at its highest level.
+        extra_outputs: tensors of the main graph to return as outputs too.
+        saturation_free: exact products of uint8 and int8, at some cost, on CPUs where onnxruntime's fast ones
+            saturate (x86-64 without VNNI).
+
+    Raises:
+        ModelError: onnxruntime refuses the model, or it has no tensor of a name in `extra_outputs`.
+
+    """
+    options = _options(threads, optimize)
+    if saturation_free:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return _open(model, options, extra_outputs)
+
+
+def optimized_ops(model: Runnable) -> Counter[str]:
+    """Count the operators that are left after onnxruntime's own optimization, nested graphs included.
+
+    Raises:
+        ModelError: onnxruntime refuses the model.
+
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(threads=0, optimize=True)
+        options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
+        # onnxruntime's own file of weights keeps the model file small, whatever the model's size
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        _open(model, options, ())
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return Counter(node.op_type for graph in all_graph_protos(optimized.graph) for node in graph.node)
+
+
+def measure_latency(
+    sessions: Sequence[Session], feed: Feed, *, seconds: float = 2.0, least_runs: int = 5
+) -> list[float]:
+    """Measure how long one run of each session takes, as the median in seconds.
+
+    The sessions take turns, in an order that is reversed every other round, so that a machine that slows
+    down or speeds up meanwhile does so for all of them.
+
+    Args:
+        sessions: what to compare.
+        feed: the inputs, the same for all.
+        seconds: how long to measure all together, beyond a warm-up of two runs each.
+        least_runs: how often to run each session even if that takes longer.
+
+    """
+    for session in (*sessions, *sessions):
+        session.run(feed)
+    durations: list[list[float]] = [[] for _ in sessions]
+    turns = list(zip(sessions, durations, strict=True))
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least_runs or time.perf_counter() < end:
+        for session, measured in turns if rounds % 2 == 0 else reversed(turns):
+            start = time.perf_counter()
+            session.run(feed)
+            measured.append(time.perf_counter() - start)
+        rounds += 1
+    return [statistics.median(measured) for measured in durations]
+
+
+def _options(threads: int, optimize: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _SHOW_NOTHING
+    options.intra_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    return options
+
+
+def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
+    if isinstance(model, Path) and not extra_outputs:
+        if not model.is_file():
+            raise ModelError(f"{model}: no such file")
+        return _session(str(model), options)
+    if isinstance(model, Path) or (isinstance(model, onnx.ModelProto) and not fits_one_file(model)):
+        model = load_model(model)
+    weights: dict[str, ort.OrtValue] = {}
+    if isinstance(model, onnx.ModelProto):
+        proto = without(model) if extra_outputs else model
+    elif fits_one_file(model):
+        proto = model.to_proto()
+    else:
+        proto, weights = share_weights(model)
+        options.add_external_initializers(list(weights), list(weights.values()))
+    _add_outputs(proto, extra_outputs)
+    return _session(proto.SerializeToString(), options, tuple(weights.values()))
+
+
+def _session(source: str | bytes, options: ort.SessionOptions, weights: Sequence[ort.OrtValue] = ()) -> Session:
+    def create() -> ort.InferenceSession:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    return Session(_with_our_errors(create), weights)
+
+
+def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    """List tensors as outputs, without a type: onnxruntime infers it, and a stated one might be wrong."""
+    graph = proto.graph
+    present = {name for node in graph.node for name in node.output}
+    present.update(each.name for each in (*graph.input, *graph.initializer))
+    outputs = {output.name for output in graph.output}
+    for name in dict.fromkeys(names):
+        if name not in present:
+            raise ModelError(f"the model's main graph has no tensor {name!r}")
+        if name not in outputs:
+            graph.output.add(name=name)
+
+
+def _input_spec(argument: ort.NodeArg) -> InputSpec:
+    match = re.fullmatch(r"tensor\((\w+)\)", argument.type)
+    if match is None:
+        raise ModelError(f"input {argument.name!r} is a {argument.type}; only tensors can be fed")
+    return InputSpec(argument.name, _dtype(match[1]), tuple(argument.shape))
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name in _DTYPES:
+        return _DTYPES[name]
+    return onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.DataType.Value(name.upper()))
+
+
+def _with_our_errors(action: Callable[[], Result], bad_argument: type[GraphoptError] = ModelError) -> Result:
+    try:
+        return action()
+    except ort_errors.InvalidArgument as error:
+        raise bad_argument(_one_line(error)) from error
+    except _ORT_ERRORS as error:
+        raise ModelError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """Return what onnxruntime says, without its codes and the places in its source."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : ", "", str(error))
+    text = re.sub(r"\S*\.(?:cc|h|hpp|cpp):\d+ [^()]*\([^()]*\)", "", text)
+    text = text.replace("Please fix either the inputs/outputs or the model.", "")
+    return f"onnxruntime: {' '.join(text.split())[:400]}"

@@ -1,0 +1,144 @@
+"""Feeds made up from what the inputs declare, for when there are no data.
+
+The model runs on them, but the ranges that it then shows mean nothing.
+
+Values, from a seeded generator:
+  - floats: the standard normal distribution N(0, 1)
+  - integers and bool: 0 or 1. These are the only numbers that are in range wherever a model looks something
+    up: a table of token types has two rows, a mask is 0 or 1.
+  - strings: "a"
+
+Sizes that a declaration leaves open:
+  - a first dimension is 1, the batch
+  - an input of rank 4 is an image, [N, C, H, W], or [N, H, W, C] where its last size is fixed to 1, 3 or 4: H
+    and W are 224, an open C is 3
+  - an input [L, ?, H] with fixed L > 1 and H is a recurrent state, [layers, N, hidden]: N is 1
+  - any other size, such as the length of a sequence, is 16
+  - equal names have equal sizes, and a name that is a first dimension anywhere is 1
+A model may want other sizes (a multiple of 256, a second of sound); with `runnable`, a list of them is tried
+in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from graphopt.errors import DataError
+from graphopt.feeds import Array, Dimension, Feed, InputSpec, Samples, fixed_size
+
+
+class _Sizes(NamedTuple):
+    """What open dimensions are set to."""
+
+    image: int
+    other: int
+
+
+_CANDIDATES = (
+    _Sizes(224, 16),
+    _Sizes(256, 1),
+    _Sizes(32, 128),
+    _Sizes(48, 256),
+    _Sizes(512, 512),
+    _Sizes(640, 1024),
+    _Sizes(128, 4000),
+    _Sizes(64, 16000),
+)
+
+
+def synthetic_samples(
+    inputs: Sequence[InputSpec],
+    *,
+    count: int,
+    seed: int,
+    runnable: Callable[[Feed], bool] | None = None,
+) -> Samples:
+    """`count` made-up feeds; feed number i depends on nothing but `inputs`, `seed`, i and the sizes chosen.
+
+    Without `runnable` the sizes are those of the module docstring; with it, the first of a short list of
+    sizes whose feed it accepts.
+
+    Raises:
+        DataError: `count` is less than 1, or `runnable` accepts none of the sizes.
+
+    """
+    if count < 1:
+        raise DataError(f"the number of samples must be at least 1, not {count}")
+    shapes = _runnable_shapes(inputs, seed, runnable) if runnable else candidate_shapes(inputs)[0]
+
+    def start() -> Iterator[Feed]:
+        return (_feed(inputs, shapes, seed, index) for index in range(count))
+
+    return Samples(start, f"synthetic, floats N(0, 1), seed {seed}", count, synthetic=True)
+
+
+def candidate_shapes(inputs: Sequence[InputSpec]) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of all inputs: by the rules above, then with each further choice of sizes.
+
+    A choice that makes no difference is left out, so there is one entry where no size is open.
+    """
+    distinct: list[list[tuple[int, ...]]] = []
+    for sizes in _CANDIDATES:
+        shapes = _shapes(inputs, sizes)
+        if shapes not in distinct:
+            distinct.append(shapes)
+    return distinct
+
+
+def _runnable_shapes(inputs: Sequence[InputSpec], seed: int, runnable: Callable[[Feed], bool]) -> list[tuple[int, ...]]:
+    tried = candidate_shapes(inputs)
+    for shapes in tried:
+        if runnable(_feed(inputs, shapes, seed, 0)):
+            return shapes
+    texts = "; ".join(
+        ", ".join(f"'{spec.name}' {list(shape)}" for spec, shape in zip(inputs, shapes, strict=True))
+        for shapes in tried
+    )
+    raise DataError(f"the model runs with none of the made-up inputs ({texts}): give real ones with --data")
+
+
+def _shapes(inputs: Sequence[InputSpec], sizes: _Sizes) -> list[tuple[int, ...]]:
+    """Return the shape of each input; `named` keeps equal names equal."""
+    named: dict[str, int] = {}
+    for spec in inputs:
+        if spec.shape and _is_name(spec.shape[0]):
+            named[str(spec.shape[0])] = 1
+    return [_shape(spec.shape, sizes, named) for spec in inputs]
+
+
+def _shape(declared: tuple[Dimension, ...], sizes: _Sizes, named: dict[str, int]) -> tuple[int, ...]:
+    open_sizes = [1, *(sizes.other for _ in declared[1:])]
+    if len(declared) == 4:
+        open_sizes = [1, sizes.image, sizes.image, 3] if declared[3] in (1, 3, 4) else [1, 3, sizes.image, sizes.image]
+    if _is_recurrent_state(declared):
+        open_sizes[1] = 1
+    return tuple(
+        fixed_size(dimension) or (named.setdefault(str(dimension), size) if _is_name(dimension) else size)
+        for dimension, size in zip(declared, open_sizes, strict=False)
+    )
+
+
+def _is_recurrent_state(declared: tuple[Dimension, ...]) -> bool:
+    fixed = [fixed_size(dimension) for dimension in declared]
+    return len(fixed) == 3 and (fixed[0] or 0) > 1 and fixed[1] is None and fixed[2] is not None
+
+
+def _is_name(dimension: Dimension) -> bool:
+    """Whether a dimension has a name that says something; "?" and "-1" stand for unknown sizes."""
+    return isinstance(dimension, str) and any(character.isalpha() for character in dimension)
+
+
+def _feed(inputs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]], seed: int, index: int) -> Feed:
+    generator = np.random.default_rng((seed, index))
+    return {spec.name: _values(spec.dtype, shape, generator) for spec, shape in zip(inputs, shapes, strict=True)}
+
+
+def _values(dtype: np.dtype[Any], shape: tuple[int, ...], generator: np.random.Generator) -> Array:
+    if dtype.kind == "O":
+        return np.full(shape, "a", dtype)
+    if dtype.kind in "biu":
+        return np.asarray(generator.integers(0, 2, shape)).astype(dtype)
+    return np.asarray(generator.standard_normal(shape)).astype(dtype)

@@ -1,0 +1,83 @@
+"""onnxruntime's CPU provider on x86: which Q/DQ groups it fuses into int8 kernels.
+
+Read in the source of onnxruntime 1.31 (core/optimizer/qdq_transformer) and confirmed by loading groups and listing
+the optimized operators (tests/test_targets.py). A group is fused when every input comes from a DequantizeLinear, every
+output goes to one QuantizeLinear and is no graph output, and scales are constant.
+
+Activations are uint8 and weights int8: the only combination with fast kernels on VNNI. On x86 without VNNI the kernel
+adds two products of a uint8 and an int8 in 16 bits and saturates; weights are then kept to 7 bits, which cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from graphopt.quantization import INT8, INT8_WEIGHT, INT8_WEIGHT_7_BIT, UINT8
+from graphopt.targets.target import Role, Rule, Target
+
+_JOINS = Rule(role=Role.JOINS)
+_JOINS_WITH_ALL_INPUTS = Rule(role=Role.JOINS, inputs=None)
+_COMMUTES = Rule(role=Role.COMMUTES)
+
+_RULES = {
+    "Conv": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_constant_weight=True),
+    "Gemm": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_constant_weight=True),
+    # Without a Q behind it onnxruntime makes MatMulIntegerToFloat of it: no output rounding. But with a bias it first
+    # makes a Gemm of both, and a Gemm without a Q behind it runs in float, its weight dequantized again in every run.
+    "MatMul": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_output=False, fuses_bias=True),
+    "Add": _JOINS_WITH_ALL_INPUTS,
+    "Mul": _JOINS_WITH_ALL_INPUTS,
+    "Concat": _JOINS_WITH_ALL_INPUTS,
+    "Where": Rule(role=Role.JOINS, inputs=(1, 2)),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"), _JOINS),
+    **dict.fromkeys(("MaxPool", "Resize", "Expand", "Flatten", "Gather", "Reshape", "Slice"), _COMMUTES),
+    **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace"), _COMMUTES),
+}
+
+ORT_CPU = Target(
+    name="ort-cpu",
+    description="onnxruntime on x86: uint8 activations, int8 weights per channel",
+    activation=UINT8,
+    weight=INT8_WEIGHT,
+    runs_here=True,
+    rules=_RULES,
+    stays_float={
+        "ConvTranspose": "onnxruntime has no int8 kernel for ConvTranspose",
+        "LSTM": "onnxruntime has no int8 kernel for LSTM behind Q/DQ",
+        "GRU": "onnxruntime has no int8 kernel for GRU behind Q/DQ",
+        "RNN": "onnxruntime has no int8 kernel for RNN behind Q/DQ",
+        "Einsum": "onnxruntime has no int8 kernel for Einsum",
+    },
+)
+
+ORT_ARM = replace(
+    ORT_CPU,
+    name="ort-arm",
+    description="onnxruntime on Arm: int8 activations, int8 weights per channel",
+    activation=INT8,
+    runs_here=False,
+)
+
+
+_SEVEN_BITS = (
+    "this CPU has no VNNI: weights use 7 bits so that int8 sums cannot saturate "
+    "(qdq:reduce_range=off for 8 bits, on machines with VNNI)"
+)
+
+
+def ort_cpu_of_this_machine() -> Target:
+    """`ORT_CPU`, with 7-bit weights where this machine is known to lack VNNI (and so to saturate)."""
+    if cpu_has_vnni() is not False:
+        return ORT_CPU
+    return replace(ORT_CPU, weight=INT8_WEIGHT_7_BIT, notes=(_SEVEN_BITS,))
+
+
+def cpu_has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether this x86 CPU multiplies uint8 by int8 into 32 bits; None where the system does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    flags = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), None)
+    return None if flags is None else bool({"avx512_vnni", "avx_vnni"} & set(flags))

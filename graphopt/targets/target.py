@@ -1,0 +1,75 @@
+"""What a target is: a table that says which operators run in int8 there, in which types, and what Q/DQ form they need.
+
+Placement (`graphopt.placement`) reads this table and knows no operator by name; a new target is one more file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from graphopt.quantization import QuantType
+
+
+class Role(Enum):
+    """What an operator does to quantizers."""
+
+    GAINS = "gains"  # worth quantizing for its own sake: quantizers start here
+    JOINS = "joins"  # has an int8 kernel: runs in int8 where its neighbours do
+    COMMUTES = "commutes"  # only moves or selects values: same scale and zero point in and out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one operator is quantized.
+
+    Attributes:
+        role: see `Role`.
+        inputs: the inputs that are quantized; None: all of them (Concat).
+        per_channel: a constant input 1 has a scale for each output channel; else one scale.
+        needs_constant_weight: input 1 must be constant.
+        needs_output: the int8 kernel exists only with a Q on the output; else the output stays float unless
+            an int8 consumer reads it.
+        fuses_bias: a constant bias added behind becomes part of the operator, which then needs a Q behind the Add.
+        minimum_channels: smallest number of input and of output channels that gains.
+    """
+
+    role: Role
+    inputs: tuple[int, ...] | None = (0,)
+    per_channel: bool = False
+    needs_constant_weight: bool = False
+    needs_output: bool = True
+    fuses_bias: bool = False
+    minimum_channels: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A runtime and device that Q/DQ graphs are made for.
+
+    Attributes:
+        rules: by operator type; what is missing stays float without a word.
+        stays_float: operators that a user would expect in int8, with the reason why they are not.
+        absorbed: activation functions that the Q behind them makes redundant.
+        quantizes_outputs: an int8 operator needs its output quantized too, and all consumers read the quantized
+            tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
+        residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
+        stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
+        runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
+            are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
+        notes: what the report should say about a model for this target.
+    """
+
+    name: str
+    description: str
+    activation: QuantType
+    weight: QuantType
+    rules: Mapping[str, Rule]
+    stays_float: Mapping[str, str] = field(default_factory=dict)
+    absorbed: frozenset[str] = frozenset({"Relu", "Clip"})
+    quantizes_outputs: bool = True
+    residual_adds: bool = False
+    stores_int8_weights: bool = True
+    runs_here: bool = False
+    notes: tuple[str, ...] = ()

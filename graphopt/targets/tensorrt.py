@@ -1,0 +1,50 @@
+"""TensorRT's explicit quantization: symmetric int8, zero point 0, quantizers on the inputs of weighted operators.
+
+Sources: the developer guide's "Explicit quantization" chapter, the comments on IQuantizeLayer and IDequantizeLayer in
+NvInfer.h, and the placement of NVIDIA's Model Optimizer (its minimum sizes, and its choice of the residual branch).
+Weights stay float behind Q and DQ, which every TensorRT version with explicit quantization reads.
+"""
+
+from __future__ import annotations
+
+from graphopt.quantization import INT8_SYMMETRIC, INT8_WEIGHT
+from graphopt.targets.target import Role, Rule, Target
+
+TENSORRT = Target(
+    name="tensorrt",
+    description="TensorRT: symmetric int8, zero point 0, weights per channel",
+    activation=INT8_SYMMETRIC,
+    weight=INT8_WEIGHT,
+    rules={
+        "Conv": Rule(
+            role=Role.GAINS,
+            inputs=(0, 1),
+            per_channel=True,
+            needs_constant_weight=True,
+            needs_output=False,
+            minimum_channels=16,
+        ),
+        # per-channel ConvTranspose weights are accepted by some versions only: one scale
+        "ConvTranspose": Rule(
+            role=Role.GAINS, inputs=(0, 1), needs_constant_weight=True, needs_output=False, minimum_channels=16
+        ),
+        "Gemm": Rule(
+            role=Role.GAINS,
+            inputs=(0, 1),
+            per_channel=True,
+            needs_constant_weight=True,
+            needs_output=False,
+            minimum_channels=16,
+        ),
+        "MatMul": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_output=False, minimum_channels=16),
+    },
+    stays_float={
+        "LSTM": "TensorRT runs LSTM in float",
+        "GRU": "TensorRT runs GRU in float",
+        "RNN": "TensorRT runs RNN in float",
+        "Einsum": "TensorRT fuses no Q/DQ into Einsum",
+    },
+    quantizes_outputs=False,
+    residual_adds=True,
+    stores_int8_weights=False,
+)

@@ -1,0 +1,176 @@
+"""The range that a quantized tensor covers, chosen from its histogram: how much to clip, for how fine a step.
+
+`minmax` clips nothing. `entropy` and `percentile` find a threshold T for |x| and clip to [-T, T]; `mse` finds
+both ends. None goes beyond the values observed.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphopt.graph import Array
+from graphopt.histogram import Extremes, Histogram
+
+Counts = NDArray[np.int64]
+_Floats = NDArray[np.float64]
+
+_LEVELS = 128  # of |x|: the magnitudes of an int8
+_TIE = 1e-9  # nats: closer divergences differ by rounding only
+_MSE_CANDIDATES = 256  # for each end of the range
+
+
+class Method(Enum):
+    """How a range is chosen from what calibration saw."""
+
+    MINMAX = "minmax"
+    ENTROPY = "entropy"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+    @property
+    def statistics(self) -> type[Extremes]:
+        """What must be observed for it; bins cost most of the time."""
+        return Extremes if self is Method.MINMAX else Histogram
+
+
+def choose_range(
+    seen: Extremes, method: Method, *, percent: float = 99.99, symmetric: bool = False
+) -> tuple[float, float]:
+    """The lowest and the highest value that the quantized tensor should represent.
+
+    Args:
+        seen: at least one value; a `Histogram` unless the method is MINMAX.
+        method: how to choose.
+        percent: for PERCENTILE, the share of the values that is not clipped, above 0 and up to 100.
+        symmetric: for MSE, whether the integers cover [-T, T] whatever the range, as TensorRT's do.
+    """
+    if not seen.count:
+        raise ValueError("there is no range of no values")
+    if method is Method.MINMAX:
+        return seen.minimum, seen.maximum
+    if not isinstance(seen, Histogram):
+        raise TypeError(f"the method {method.value} needs a histogram, not the extremes alone")
+    low, high = _clipping_range(seen, method, percent, symmetric)
+    return max(seen.minimum, min(low, seen.maximum)), min(seen.maximum, max(high, seen.minimum))
+
+
+def _clipping_range(histogram: Histogram, method: Method, percent: float, symmetric: bool) -> tuple[float, float]:
+    if method is Method.MSE:
+        return mse(histogram.counts, histogram.width, symmetric=symmetric)
+    counts = np.trim_zeros(histogram.magnitudes(), "b")  # beyond the largest value there is nothing to choose
+    if method is Method.ENTROPY:
+        threshold = entropy(counts, histogram.width)
+    else:
+        threshold = percentile(counts, histogram.width, percent)
+    return -threshold, threshold
+
+
+def percentile(counts: Counts, width: float, percent: float) -> float:
+    """The smallest bin edge with at least `percent` % of all |x| below it; arguments as `entropy`."""
+    below = np.cumsum(counts)
+    return (int(np.searchsorted(below, percent / 100 * int(below[-1]))) + 1) * width
+
+
+def entropy(counts: Counts, width: float) -> float:
+    """The threshold that loses least information by the Kullback-Leibler divergence.
+
+    S. Migacz, "8-bit Inference with TensorRT", GTC 2017 (S7310), in the form of NVIDIA's Model Optimizer:
+    first counts[0] = counts[1], which hides the spike of zeros that a Relu leaves. Then for i = 128 ...
+    len(counts), with C = sum of counts and C_i = sum of counts[:i]:
+
+        P = counts[:i], with the C - C_i values beyond added to the last bin; normalized by C
+        Q = counts[:i] without these, merged into 128 levels (bin j into level floor(128 j / i)), the mass of
+            each level spread evenly over its non-empty bins; normalized by C_i
+        D(P || Q) = sum of P log(P / Q)
+
+    The threshold is the edge i * width for the smallest D; of equal ones the largest i. Where Q is 0 and P is
+    not, D is infinite: that happens when bin i - 1 is empty and there are values beyond it, so such an i is
+    never chosen.
+
+    All i are had at once. With m and n the mass and the number of non-empty bins of each level, c a count and
+    c' the last count with the outliers:
+
+        C D = sum over j < i - 1 of c log c  +  c' log c'  -  C log C  +  C log C_i
+              - sum over levels of (m, in the last level m + C - C_i) log(m / n)
+
+    and m, n, C_i and the first sum are differences of prefix sums: a [len(counts) - 127, 128] matrix in all.
+
+    Args:
+        counts: int64 [N], the histogram of |x| from 0; calibration uses N = 2048.
+        width: of a bin.
+    """
+    if len(counts) <= _LEVELS or not counts[1:].any():
+        return len(counts) * width  # one candidate, or nothing but the hidden spike
+    counts = np.concatenate((counts[1:2], counts[1:]))
+    total = int(counts.sum())
+    inside = _prefix_sums(counts)
+    candidates = np.arange(_LEVELS, len(counts) + 1)
+    outliers = total - inside[candidates]
+    last = counts[candidates - 1]
+    finite = (last > 0) | (outliers == 0)  # and so is the last candidate: it has no outliers
+    candidates, outliers, last = candidates[finite], outliers[finite], last[finite]
+
+    # bin j is in level floor(128 j / i): level k begins at bin ceil(k i / 128)
+    edges = (candidates[:, None] * np.arange(_LEVELS + 1) + _LEVELS - 1) // _LEVELS
+    mass = np.diff(inside[edges])
+    filled = np.diff(_prefix_sums(counts > 0)[edges])
+    log_level = np.log(np.maximum(mass, 1) / np.maximum(filled, 1))
+    within_levels = (mass * log_level).sum(axis=1) + outliers * log_level[:, -1]
+    own = _prefix_sums(_x_log_x(counts))[candidates - 1] + _x_log_x(last + outliers)
+    normalization = total * (np.log(inside[candidates]) - np.log(total))
+    divergence = (own + normalization - within_levels) / total
+    best = candidates[divergence <= divergence.min() + _TIE][-1]
+    return int(best) * width
+
+
+def mse(counts: Counts, width: float, *, symmetric: bool) -> tuple[float, float]:
+    """The range [low, high], low <= 0 <= high, with the least expected squared error of 8-bit quantization.
+
+    A value inside is off by a uniform rounding error, step**2 / 12 on average; a value beyond an end is off
+    by its distance from it. step = (high - low) / 255, or 2 T / 254 where the integers are symmetric and
+    cover [-T, T]. Values of bin 0 count as exact zeros, which cost nothing. Candidates for each end are 256
+    bin edges between 0 and the last bin that is filled, in all combinations.
+
+    Args:
+        counts: int64 [2N - 1], the histogram of x with bin 0 in the middle, as `Histogram.counts`.
+        width: of a bin.
+        symmetric: whether the integers cover [-T, T].
+    """
+    zero = len(counts) // 2
+    above, below = counts[zero:].copy(), counts[zero::-1].copy()
+    above[0] = below[0] = 0
+    if symmetric:
+        ends, clipping, inside = _costs_of_ends(above + below)
+        best = int(np.argmin(clipping + inside * (2 * ends / 254) ** 2 / 12))
+        return -float(ends[best]) * width, float(ends[best]) * width
+    lows, clipping_below, inside_below = _costs_of_ends(below)
+    highs, clipping_above, inside_above = _costs_of_ends(above)
+    steps = (lows[:, None] + highs) / 255
+    cost = clipping_below[:, None] + clipping_above + (inside_below[:, None] + inside_above) * steps**2 / 12
+    low, high = np.unravel_index(np.argmin(cost), cost.shape)
+    return -float(lows[low]) * width, float(highs[high]) * width
+
+
+def _costs_of_ends(counts: Counts) -> tuple[_Floats, _Floats, _Floats]:
+    """Candidate ends in bins from zero; for each its squared clipping error and the count inside it."""
+    filled = len(np.trim_zeros(counts, "b"))
+    ends = np.unique(np.linspace(0, filled, _MSE_CANDIDATES + 1).round().astype(np.intp))
+    middles = np.arange(len(counts)) + 0.5
+    beyond, first, second = (
+        (moments[-1] - moments)[ends] for moments in (_prefix_sums(counts * middles**power) for power in range(3))
+    )
+    clipping = second - 2 * ends * first + ends**2 * beyond  # sum of (middle - end)**2 over what lies beyond
+    return ends.astype(np.float64), clipping, counts.sum() - beyond
+
+
+def _prefix_sums(values: Array) -> Array:
+    """[N] -> [N + 1]; entry i is the sum of the first i values."""
+    return np.concatenate(([0], np.cumsum(values)))
+
+
+def _x_log_x(counts: Counts) -> _Floats:
+    """0 where the count is 0."""
+    return np.asarray(counts * np.log(np.maximum(counts, 1)), np.float64)

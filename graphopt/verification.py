@@ -1,0 +1,117 @@
+"""Whether a graph is still valid and still computes the same: what the pass manager asks after every pass.
+
+Four questions: does the ONNX checker accept it, does strict shape inference, does onnxruntime load it, and are its
+outputs those from before the pass, within the tolerance of the pass's effect? Real exporters write files that the
+checker or shape inference refuse and onnxruntime runs; for those the first two questions become "nothing got worse".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from graphopt.data import Feed
+from graphopt.errors import GraphoptError
+from graphopt.model_io import Model
+from graphopt.pass_base import Effect
+from graphopt.runtime import open_session
+from graphopt.shapes import hollow
+
+Outputs = list[dict[str, NDArray[Any]]]  # by sample, by output name
+
+# Largest difference, relative to the largest magnitude in the output. float32 rounds at 6e-8 an operation, and
+# some hundred operations with sums over some thousand products lie between input and output.
+_TOLERANCE = {Effect.EXACT: 1e-5, Effect.REASSOCIATES: 1e-3}
+_FLOAT16_TOLERANCE = 2e-2
+_INTEGER_MISMATCH = 1e-3
+"""Share of integer outputs (classes, indices) that rounding may move from one side of a tie to the other."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one version of a graph."""
+
+    checker: str | None  # why the ONNX checker refuses it; None: accepted
+    shapes: str | None  # why strict shape inference refuses it
+    outputs: Outputs
+
+    @property
+    def refusal(self) -> str | None:
+        """The first objection of checker or shape inference."""
+        return self.checker or self.shapes
+
+
+def examine(model: Model, feeds: Sequence[Feed]) -> Verdict:
+    """Check a model and run it on some feeds.
+
+    Raises:
+        ModelError: onnxruntime does not load or run it.
+    """
+    proto = model.to_proto()
+    session = open_session(proto)
+    outputs = [session.run(feed) for feed in feeds]
+    return Verdict(_checker_objection(proto), _shape_objection(proto), outputs)
+
+
+def judge(before: Verdict, after: Verdict, effect: Effect) -> str | None:
+    """What a pass broke, as a sentence; None when it broke nothing."""
+    if after.checker and not before.checker:
+        return f"the ONNX checker refuses the result: {after.checker}"
+    if after.shapes and not before.shapes:
+        return f"strict shape inference refuses the result: {after.shapes}"
+    for number, (expected, found) in enumerate(zip(before.outputs, after.outputs, strict=True)):
+        for name, value in expected.items():
+            if (reason := _difference(value, found.get(name), effect)) is not None:
+                return f"output '{name}' of sample {number} {reason}"
+    return None
+
+
+def _difference(expected: Any, found: Any, effect: Effect) -> str | None:
+    if found is None:
+        return "is gone"
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return f"was {expected.dtype} {expected.shape} and is {found.dtype} {found.shape}"
+    if expected.size == 0 or expected.dtype.kind not in "fiub":
+        return None if np.array_equal(expected, found) or effect is Effect.LOSSY else "changed"
+    if expected.dtype.kind == "f" and not np.array_equal(np.isfinite(expected), np.isfinite(found)):
+        return "has become NaN or infinite in places where it was not"
+    if effect is Effect.LOSSY:
+        return None
+    if expected.dtype.kind != "f":
+        moved = float(np.mean(expected != found))
+        allowed = 0.0 if effect is Effect.EXACT else _INTEGER_MISMATCH
+        return f"differs in {moved:.2%} of its values" if moved > allowed else None
+    finite = np.isfinite(expected)
+    wide, other = expected[finite].astype(np.float64), found[finite].astype(np.float64)
+    largest = float(np.abs(wide).max(initial=0.0))
+    difference = float(np.abs(wide - other).max(initial=0.0))
+    tolerance = _FLOAT16_TOLERANCE if expected.dtype == np.float16 else _TOLERANCE[effect]
+    if difference > tolerance * largest:
+        return f"differs by {difference:.3g}, where its largest value is {largest:.3g}"
+    return None
+
+
+def _checker_objection(proto: onnx.ModelProto) -> str | None:
+    try:
+        onnx.checker.check_model(hollow(proto))
+    except (onnx.checker.ValidationError, GraphoptError) as error:
+        return _first_line(error)
+    return None
+
+
+def _shape_objection(proto: onnx.ModelProto) -> str | None:
+    try:
+        onnx.shape_inference.infer_shapes(hollow(proto), check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.shape_inference.InferenceError, GraphoptError) as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

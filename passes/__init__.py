@@ -1,0 +1,64 @@
+"""The passes that come with graphopt, and the table that names them.
+
+Third parties add theirs through the entry-point group `graphopt.passes`: name = "module:Class".
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from graphopt.errors import PipelineError
+from graphopt.pass_base import Pass
+from graphopt.passes.calibrate import Calibrate
+from graphopt.passes.fold import Fold
+from graphopt.passes.fold_batch_norm import FoldBatchNorm
+from graphopt.passes.fold_constants import FoldConstants
+from graphopt.passes.freeze_inputs import FreezeInputs
+from graphopt.passes.insert_qdq import InsertQdq
+from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
+from graphopt.passes.remove_identities import RemoveIdentities
+
+__all__ = [
+    "Calibrate",
+    "Fold",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FreezeInputs",
+    "InsertQdq",
+    "RemoveDeadNodes",
+    "RemoveIdentities",
+    "registry",
+]
+
+_OWN: tuple[type[Pass], ...] = (
+    Fold,
+    FoldConstants,
+    FoldBatchNorm,
+    RemoveIdentities,
+    RemoveDeadNodes,
+    FreezeInputs,
+    Calibrate,
+    InsertQdq,
+)
+
+
+@cache
+def registry() -> dict[str, type[Pass]]:
+    """Every pass by its name: graphopt's own, then those of installed packages.
+
+    Raises:
+        PipelineError: a package's pass cannot be imported, is no `Pass`, or takes a name that is taken.
+    """
+    table = {kind.name: kind for kind in _OWN}
+    for entry in entry_points(group="graphopt.passes"):
+        try:
+            kind = entry.load()
+        except Exception as error:  # whatever a foreign module raises when it is imported
+            raise PipelineError(f"pass '{entry.name}' ({entry.value}) cannot be imported: {error}") from error
+        if not (isinstance(kind, type) and issubclass(kind, Pass)):
+            raise PipelineError(f"pass '{entry.name}' ({entry.value}) is no graphopt.Pass")
+        if entry.name in table:
+            raise PipelineError(f"pass '{entry.name}' ({entry.value}) takes a name that is taken")
+        table[entry.name] = kind
+    return table

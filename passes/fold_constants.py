@@ -1,0 +1,314 @@
+"""Compute what does not depend on the model's inputs, and store the results instead of the nodes.
+
+In this order, in the graph and in the branches and bodies nested in it:
+
+1.  An If whose condition is constant gives way to the nodes of its branch.
+2.  Constant nodes become initializers.
+3.  Shape arithmetic whose result is known becomes a constant, even where other dimensions are not known; a
+    Reshape whose target has one unknown element gets -1 there.
+4.  Nodes whose inputs are all constant are evaluated by onnxruntime, as long as the model does not grow
+    (`graphopt.constant_regions` has the rule).
+
+Never folded: random operators, Dropout among them, operators of other domains than ONNX's own, operators
+that hold graphs or return sequences, and QuantizeLinear and DequantizeLinear: they say how a weight is
+stored, and folding them would store it as float again. Nor are types that numpy lacks (bfloat16, float8,
+int4, strings). A graph output that is constant stays the output of a Constant node, as does a value that a
+branch returns by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphopt.constant_regions import Region, constants_read, growth, smallest_cut, split
+from graphopt.evaluate import evaluate
+from graphopt.graph import (
+    Array,
+    Names,
+    all_graphs,
+    bodies,
+    constant_of,
+    disconnect,
+    disconnect_all,
+    is_constant,
+    nested_output_names,
+    present,
+    producer,
+    set_input,
+)
+from graphopt.inline_branch import inline_branches
+from graphopt.model_io import infer_shapes
+from graphopt.partial_values import PartialValue, partial_values, static_shape
+from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+
+_RANDOM = {
+    "Bernoulli",
+    "Dropout",  # where it is not random it is an identity: remove-identities
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+_BARRIERS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_MAX_EVALUATED_BYTES = 2**30  # of one tensor on the way to a result
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldConstants(Pass):
+    """Replace nodes whose inputs are all constant by their results, and shape arithmetic by what it gives."""
+
+    name: ClassVar[str] = "fold-constants"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    max_growth: int = field(
+        default=4096,
+        metadata={"help": "bytes by which a connected group of constant nodes may grow the model when folded"},
+    )
+
+    def apply(self, graph: gs.Graph, context: Context) -> PassResult:
+        """Fold in `graph` and the graphs in it; `skipped` names what would grow the model or fail."""
+        inlined = inline_branches(graph)
+        named = _named_tensors(graph)
+        stored = sum(_store_constant_nodes(each, named) for each in all_graphs(graph))
+        infer_shapes(graph)
+        known = _fold_known_values(graph, named)
+        evaluated, skipped = 0, []
+        for each in all_graphs(graph):
+            count, skips = _fold_constant_nodes(each, named, self.max_growth)
+            evaluated += count
+            skipped += skips
+        parts = {"branches": inlined, "constants": stored, "shape values": known, "evaluated": evaluated}
+        return PassResult(rewrites=sum(parts.values()), skipped=tuple(skipped), parts=parts)
+
+
+def _named_tensors(root: gs.Graph) -> set[int]:
+    """Return the ids of the tensors that something reads by name: the outputs of graphs, and what branches return."""
+    returned = nested_output_names(root)
+    return {id(output) for graph in all_graphs(root) for output in graph.outputs} | {
+        id(tensor)
+        for graph in all_graphs(root)
+        for node in graph.nodes
+        for tensor in node.outputs
+        if tensor.name in returned
+    }
+
+
+def _store_constant_nodes(graph: gs.Graph, named: Set[int]) -> int:
+    """Turn Constant nodes into initializers, without loading their values."""
+    kept = []
+    for node in graph.nodes:
+        if node.op != "Constant" or id(node.outputs[0]) in named or not is_constant(node.outputs[0]):
+            kept.append(node)
+            continue
+        tensor, value = node.outputs[0], node.attrs.get("value")
+        values = constant_of(tensor) if value is None else value._values
+        disconnect(node)
+        tensor.to_constant(values)
+    stored = len(graph.nodes) - len(kept)
+    graph.nodes[:] = kept
+    return stored
+
+
+def _fold_known_values(root: gs.Graph, named: Set[int]) -> int:
+    found, names, count = partial_values(root), Names(root), 0
+    for graph in all_graphs(root):
+        folded = []
+        for node in graph.nodes:
+            value = found.get(id(node.outputs[0])) if node.outputs else None
+            if value is not None and value.complete and node.op != "Constant":
+                folded.append(node)
+            elif node.op == "Reshape" and not node.domain:
+                count += _settle_reshape(node, found.get(id(node.inputs[1])), names)
+        values = {id(node.outputs[0]): found[id(node.outputs[0])].values for node in folded}
+        _replace(graph, folded, values, named)
+        count += len(folded)
+    return count
+
+
+def _settle_reshape(node: gs.Node, shape: PartialValue | None, names: Names) -> int:
+    """Write -1 for the one element of a Reshape's target that is not known: the others determine it."""
+    if shape is None or (~shape.known).sum() != 1 or np.any(shape.values[shape.known] <= 0):
+        return 0
+    target = np.where(shape.known, shape.values, -1).astype(np.int64)
+    set_input(node, 1, gs.Constant(names.fresh(f"{node.outputs[0].name}/shape"), target))
+    return 1
+
+
+def _fold_constant_nodes(graph: gs.Graph, named: Set[int], max_growth: int) -> tuple[int, list[Skip]]:
+    nodes, values, skipped = _sizable(graph, list(_constant_nodes(graph)), named, max_growth)
+    folded: list[gs.Node] = []
+    pending: list[gs.Node] = []
+    for region in split(nodes, named, max_growth):
+        sizes = {key: size for key, size in _sizes(region, values).items() if size is not None}  # all are known
+        chosen, skips = _choose(region, sizes, max_growth)
+        folded += chosen
+        skipped += skips
+        if not all(id(tensor) in values for node in chosen for tensor in present(node.outputs)):
+            pending += chosen
+    evaluated, failed, skips = _evaluated(graph, pending, named)
+    folded = [node for node in folded if id(node) not in failed]
+    _replace(graph, folded, values | evaluated, named)
+    return len(folded), skipped + skips
+
+
+def _constant_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Yield the nodes of `graph` that can be evaluated and read constants alone, or outputs of such nodes."""
+    computed: set[int] = set()
+    for node in graph.nodes:
+        inputs = present(node.inputs)
+        constant = inputs and all(id(tensor) in computed or _is_stored(tensor) for tensor in inputs)
+        if constant and _is_foldable(node, graph.opset):
+            computed.update(id(tensor) for tensor in node.outputs)
+            yield node
+
+
+def _is_stored(tensor: gs.Tensor) -> bool:
+    """Tell whether a tensor is an initializer, or the output of a Constant node, of a type that numpy has."""
+    if isinstance(tensor, gs.Constant):
+        return _in_numpy(tensor.dtype)
+    source = producer(tensor)
+    if source is None or source.op != "Constant" or not is_constant(tensor):
+        return False
+    value = source.attrs.get("value")
+    return value is None or _in_numpy(value.dtype)
+
+
+def _is_foldable(node: gs.Node, opset: int) -> bool:
+    if node.domain or node.op in _RANDOM | _BARRIERS or bodies(node):
+        return False
+    outputs = present(node.outputs)
+    return _returns_tensors(node.op, opset) and all(
+        tensor.dtype is None or _in_numpy(tensor.dtype) for tensor in outputs
+    )
+
+
+@cache
+def _returns_tensors(op: str, opset: int) -> bool:
+    """Tell whether ONNX defines the operator, with outputs that may be tensors."""
+    try:
+        schema = onnx.defs.get_schema(op, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    return all(any(kind.startswith("tensor") for kind in output.types) for output in schema.outputs)
+
+
+def _in_numpy(dtype: object) -> bool:
+    if isinstance(dtype, int):  # graphsurgeon's word for a type that numpy lacks
+        return False
+    return np.dtype(dtype).isbuiltin == 1 and np.dtype(dtype).kind in "biuf"  # type: ignore[call-overload]
+
+
+def _sizable(
+    graph: gs.Graph, nodes: list[gs.Node], named: Set[int], max_growth: int
+) -> tuple[list[gs.Node], dict[int, Array], list[Skip]]:
+    """Return the nodes whose outputs have a known size; where shape inference did not tell, they are evaluated."""
+    small: list[gs.Node] = []
+    large: list[gs.Node] = []
+    skipped: list[Skip] = []
+    for region in split(nodes, named, max_growth):
+        sizes = _sizes(region, {})
+        biggest = max((size for size in sizes.values() if size is not None), default=0)
+        if biggest > _MAX_EVALUATED_BYTES:
+            reason = f"evaluating it would take {biggest} bytes of memory"
+            skipped.append(Skip(_label(region.nodes[0]), reason))
+        elif None in sizes.values():
+            large += region.nodes
+        else:
+            small += region.nodes
+    everything = {id(tensor) for node in large for tensor in node.outputs}
+    values, failed, skips = _evaluated(graph, large, named | everything)
+    usable = {id(node) for node in (*small, *large)} - failed
+    return [node for node in nodes if id(node) in usable], values, skipped + skips
+
+
+def _sizes(region: Region, values: Mapping[int, Array]) -> dict[int, int | None]:
+    """Return the bytes of every tensor that a region reads or computes, by id; None where they are not known."""
+    sizes: dict[int, int | None] = {
+        id(tensor): (tensor._values if isinstance(tensor, gs.Constant) else _value(tensor)).nbytes
+        for tensor in constants_read(region)
+    }
+    for tensor in (tensor for node in region.nodes for tensor in node.outputs):
+        value = values.get(id(tensor))
+        shape, dtype = static_shape(tensor), tensor.dtype
+        if value is not None:
+            sizes[id(tensor)] = value.nbytes
+        elif shape is None or dtype is None:
+            sizes[id(tensor)] = None
+        else:
+            sizes[id(tensor)] = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    return sizes
+
+
+def _choose(region: Region, sizes: Mapping[int, int], max_growth: int) -> tuple[list[gs.Node], list[Skip]]:
+    grown = growth(region, sizes)
+    if grown <= max_growth:
+        return list(region.nodes), []
+    chosen = smallest_cut(region, sizes, max_growth)
+    kept = [node for node in region.nodes if id(node) not in chosen]
+    reason = f"folding it would grow the model by {grown} bytes, more than max_growth={max_growth}"
+    return [node for node in region.nodes if id(node) in chosen], [Skip(_label(kept[0]), reason)] if kept else []
+
+
+def _evaluated(
+    graph: gs.Graph, nodes: Sequence[gs.Node], named: Set[int]
+) -> tuple[dict[int, Array], set[int], list[Skip]]:
+    """Evaluate nodes; return the values that something else reads, the ids of the nodes without, and why."""
+    if not nodes:
+        return {}, set(), []
+    region = Region(tuple(nodes), frozenset())
+    constants = {id(tensor): _value(tensor) for tensor in constants_read(region)}
+    wanted = [tensor for node in nodes for tensor in node.outputs if id(tensor) in named]
+    imports = graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)]
+    evaluation = evaluate(nodes, constants, wanted, imports)
+    skipped, lost = [], set()
+    missing: set[int] = set()
+    for node in nodes:
+        reason = evaluation.failures.get(id(node))
+        if reason is not None:
+            skipped.append(Skip(_label(node), f"onnxruntime cannot evaluate it: {reason}"))
+        if reason is not None or any(id(tensor) in missing for tensor in node.inputs):
+            lost.add(id(node))
+            missing.update(id(tensor) for tensor in present(node.outputs))
+    return evaluation.values, lost, skipped
+
+
+def _value(tensor: gs.Tensor) -> Array:
+    value = constant_of(tensor)
+    if value is None:
+        raise ValueError(f"{tensor.name} is not constant")
+    return value
+
+
+def _replace(
+    graph: gs.Graph,
+    nodes: Sequence[gs.Node],
+    values: Mapping[int, Array],
+    named: Set[int],
+) -> None:
+    """Take nodes out of the graph and leave the values that others read in their place."""
+    outputs = {id(node): present(node.outputs) for node in nodes}
+    disconnect_all(nodes)
+    kept: list[gs.Node] = []
+    for node in graph.nodes:
+        if id(node) not in outputs:
+            kept.append(node)
+            continue
+        for tensor in outputs[id(node)]:
+            if id(tensor) in named:
+                value = gs.Constant(tensor.name, values[id(tensor)])
+                kept.append(gs.Node("Constant", node.name, {"value": value}, outputs=[tensor]))
+            elif tensor.outputs:
+                tensor.to_constant(values[id(tensor)])
+    graph.nodes[:] = kept
+
+
+def _label(node: gs.Node) -> str:
+    return str(node.name or node.outputs[0].name)

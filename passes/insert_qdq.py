@@ -1,0 +1,244 @@
+"""Insert QuantizeLinear/DequantizeLinear pairs where the target runs the graph in int8.
+
+`graphopt.placement` decides where; here ranges become scales and zero points, weights become integers, and pairs are
+wired in. Biases stay float: onnxruntime makes its own int32 bias, and TensorRT refuses an int32 DequantizeLinear.
+
+    x -> Q(scale, zero_point) -> DQ -> operator        activations: one pair a tensor
+    int8 weight -> DQ(scale[C]) -> operator            weights, where the target stores integers
+    float weight -> Q -> DQ -> operator                weights, where it does not
+
+A graph output that carries a pair keeps its name, on the DQ. Per-channel scales need opset 13: a lower one is raised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.errors import PipelineError
+from graphopt.graph import (
+    Names,
+    all_graphs,
+    constant_of,
+    is_output,
+    nested_output_names,
+    producer,
+    replace_uses,
+    set_input,
+)
+from graphopt.opset import raise_opset
+from graphopt.pass_base import Context, Effect, Pass, PassResult
+from graphopt.placement import Edge, Placement, node_label, place
+from graphopt.quantization import INT8_WEIGHT, INT8_WEIGHT_7_BIT, QuantParams, params_of_range, params_of_weight
+from graphopt.ranges import Ranges
+from graphopt.shapes import infer_shapes
+from graphopt.targets import Target
+
+_PER_CHANNEL_OPSET = 13
+
+
+class Switch(Enum):
+    """Whether to do something; `auto` leaves it to the target."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertQdq(Pass):
+    """Quantize activations and weights by Q/DQ pairs, with the ranges that `calibrate` found."""
+
+    name: ClassVar[str] = "qdq"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    exclude: tuple[str, ...] = field(
+        default=(), metadata={"help": "names of nodes that stay float (* and ? are wildcards)"}
+    )
+    exclude_ops: tuple[str, ...] = field(default=(), metadata={"help": "operator types that stay float"})
+    reduce_range: Switch = field(default=Switch.AUTO, metadata={"help": "weights in 7 bits, for x86 CPUs without VNNI"})
+    int8_weights: Switch = field(
+        default=Switch.AUTO, metadata={"help": "store weights as int8 behind a DQ, not as float behind Q and DQ"}
+    )
+
+    def apply(self, graph: gs.Graph, context: Context) -> PassResult:
+        """Insert the pairs; reads `context.ranges` and `context.target`.
+
+        Raises:
+            PipelineError: no ranges, or ranges of another model.
+        """
+        ranges = context.ranges
+        if ranges is None:
+            raise PipelineError("qdq needs ranges: put calibrate before it, or give a ranges file (--ranges FILE)")
+        if quantized := [node for node in graph.nodes if node.op == "QuantizeLinear"]:
+            raise PipelineError(f"the model is quantized already ({len(quantized)} QuantizeLinear nodes)")
+        note = raise_opset(graph, _PER_CHANNEL_OPSET)
+        infer_shapes(graph)
+        target = self._options_on(context.target)
+        placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
+        _Insertion(graph, target, placement, ranges).run()
+        return PassResult(
+            rewrites=len(placement.activations) + len(placement.weights) + len(placement.operands),
+            skipped=placement.skipped,
+            parts={
+                "operators": len(placement.nodes),
+                "activations": len(placement.activations),
+                "weights": len(placement.weights),
+            },
+            notes=(*((note,) if note else ()), *(target.notes if target is context.target else ())),
+        )
+
+    def _options_on(self, target: Target) -> Target:
+        if self.reduce_range is not Switch.AUTO:
+            weight = INT8_WEIGHT_7_BIT if self.reduce_range is Switch.ON else INT8_WEIGHT
+            target = replace(target, weight=weight)
+        if self.int8_weights is not Switch.AUTO:
+            target = replace(target, stores_int8_weights=self.int8_weights is Switch.ON)
+        return target
+
+    def _excluded(self, graph: gs.Graph) -> dict[int, str]:
+        """By id of a node, why the options keep it float.
+
+        Raises:
+            PipelineError: a name pattern or an operator type that fits no node.
+        """
+        nodes = [node for each in all_graphs(graph) for node in each.nodes]
+        excluded = {id(node): "excluded by its operator type" for node in nodes if node.op in self.exclude_ops}
+        if unknown := set(self.exclude_ops) - {node.op for node in nodes}:
+            raise PipelineError(f"qdq:exclude_ops: the model has no operator {', '.join(sorted(unknown))}")
+        for pattern in self.exclude:
+            found = {id(node): "excluded by name" for node in nodes if fnmatchcase(node_label(node), pattern)}
+            if not found:
+                raise PipelineError(f"qdq:exclude: no node's name fits '{pattern}'")
+            excluded |= found
+        return excluded
+
+
+def _place_with_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> Placement:
+    """The placement over tensors whose ranges are known; operators that touch another tensor stay float.
+
+    Raises:
+        PipelineError: no range fits the graph.
+    """
+    placement = place(graph, target, excluded)
+    if placement.observed and not any(name in ranges.tensors for name in placement.observed):
+        raise PipelineError(
+            f"the ranges are of another model: none is called like this one's tensors ({placement.observed[0]}, ...)"
+        )
+    while missing := {name for name in placement.observed if name not in ranges.tensors}:
+        for node in placement.nodes:
+            touched = {placement.source_name(tensor) for tensor in (*node.inputs, *node.outputs)}
+            if touched & missing:
+                excluded[id(node)] = f"no range is known for {min(touched & missing)}"
+        placement = place(graph, target, excluded)
+    return placement
+
+
+class _Insertion:
+    """Wires a placement's pairs into a graph."""
+
+    def __init__(self, graph: gs.Graph, target: Target, placement: Placement, ranges: Ranges) -> None:
+        self.graph = graph
+        self.target = target
+        self.placement = placement
+        self.ranges = ranges
+        self.names = Names(graph)
+        self.new_nodes: list[gs.Node] = []
+        self.nested_names = nested_output_names(graph)
+
+    def run(self) -> None:
+        dequantized: dict[tuple[int, int | None], gs.Variable] = {}
+        for edge, axis in self.placement.weights:
+            key = (id(edge.tensor), axis)
+            if key not in dequantized:
+                dequantized[key] = self._weight(edge, axis)
+            set_input(edge.node, edge.index, dequantized[key])
+        for edge in self.placement.operands:
+            set_input(edge.node, edge.index, self._operand(edge))
+        for edge in self.placement.biases:
+            self._flatten(edge)
+        for name, (tensor, source) in self.placement.activations.items():
+            self._activation(tensor, source.name, self.placement.readers[name])
+        self.graph.nodes.extend(self.new_nodes)
+        self.graph.toposort()
+
+    def _flatten(self, edge: Edge) -> None:
+        """Make a bias of shape [1, N] a vector: onnxruntime fuses only those into int8 kernels."""
+        values = constant_of(edge.tensor)
+        assert values is not None
+        if values.ndim > 1:
+            name = self.names.fresh(f"{edge.tensor.name}_vector")
+            set_input(edge.node, edge.index, gs.Constant(name, values.reshape(-1)))
+
+    def _activation(self, tensor: gs.Tensor, source: str, readers: tuple[Edge, ...]) -> None:
+        found = self.ranges.tensors[source]
+        params = params_of_range(found.minimum, found.maximum, self.target.activation)
+        keeps_name = is_output(self.graph, tensor) or tensor.name in self.nested_names
+        if self.target.quantizes_outputs and keeps_name and producer(tensor) is not None:
+            self._named_output(tensor, params)
+            return
+        pair_output = gs.Variable(self.names.fresh(f"{tensor.name}_dequantized"), tensor.dtype, tensor.shape)
+        if self.target.quantizes_outputs:
+            replace_uses(tensor, pair_output)
+        else:
+            for edge in readers:
+                set_input(edge.node, edge.index, pair_output)
+        self._pair(tensor, pair_output, params)
+
+    def _named_output(self, tensor: gs.Tensor, params: QuantParams) -> None:
+        """Put a pair before a tensor whose name must stay: a new tensor takes its place at the producer."""
+        node = producer(tensor)
+        assert node is not None
+        index = next(index for index, output in enumerate(node.outputs) if output is tensor)
+        before = gs.Variable(self.names.fresh(f"{tensor.name}_float"), tensor.dtype, tensor.shape)
+        node.outputs[index] = before
+        self._pair(before, tensor, params)
+
+    def _pair(self, tensor: gs.Tensor, output: gs.Tensor, params: QuantParams) -> None:
+        """Add tensor -> Q -> DQ -> output."""
+        constants = self._constants(tensor.name, params)
+        stored = gs.Variable(self.names.fresh(f"{tensor.name}_quantized"), params.quant_type.dtype, tensor.shape)
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        self._add("QuantizeLinear", tensor, [tensor, *constants], stored, attributes)
+        self._add("DequantizeLinear", tensor, [stored, *constants], output, attributes)
+
+    def _weight(self, edge: Edge, axis: int | None) -> gs.Variable:
+        weight = edge.tensor
+        values = constant_of(weight)
+        assert values is not None
+        return self._constant_pair(weight, params_of_weight(values, axis, self.target.weight))
+
+    def _operand(self, edge: Edge) -> gs.Variable:
+        """A constant that meets activations: quantized as they are, over its own range."""
+        values = constant_of(edge.tensor)
+        assert values is not None
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        return self._constant_pair(edge.tensor, params_of_range(low, high, self.target.activation))
+
+    def _constant_pair(self, constant: gs.Tensor, params: QuantParams) -> gs.Variable:
+        output = gs.Variable(self.names.fresh(f"{constant.name}_dequantized"), np.dtype(np.float32), constant.shape)
+        if not self.target.stores_int8_weights:
+            self._pair(constant, output, params)
+            return output
+        values = constant_of(constant)
+        assert values is not None
+        stored = gs.Constant(self.names.fresh(f"{constant.name}_quantized"), params.quantize(values))
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        self._add("DequantizeLinear", constant, [stored, *self._constants(constant.name, params)], output, attributes)
+        return output
+
+    def _constants(self, name: str, params: QuantParams) -> list[gs.Constant]:
+        scale = gs.Constant(self.names.fresh(f"{name}_scale"), params.scale)
+        zero_point = gs.Constant(self.names.fresh(f"{name}_zero_point"), params.zero_point)
+        return [scale, zero_point]
+
+    def _add(
+        self, op: str, about: gs.Tensor, inputs: list[gs.Tensor], output: gs.Tensor, attributes: dict[str, int]
+    ) -> None:
+        name = self.names.fresh(f"{about.name}_{op}")
+        self.new_nodes.append(gs.Node(op, name, attributes, inputs, [output]))

@@ -1,0 +1,177 @@
+import numpy as np
+import onnx.parser
+import pytest
+
+from graphopt.data import Samples
+from graphopt.errors import DataError, PipelineError
+from graphopt.graph import all_graphs
+from graphopt.model_io import load_model
+from graphopt.pass_base import Context, Effect
+from graphopt.passes.calibrate import DEFAULT_METHOD, Calibrate
+from graphopt.placement import place
+from graphopt.ranges import Ranges
+from graphopt.targets import target_named
+from graphopt.thresholds import Method
+
+GEMMS = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    gemms (float[N, 2] x) => (float[N, 2] y)
+    <float[2, 2] w = {2, 0, 0, -1}, float[2, 2] v = {1, 1, 0, 1}>
+    { hidden = Gemm (x, w)  positive = Relu (hidden)  y = Gemm (positive, v) }
+"""
+DATA = [[1.0, 2.0], [-3.0, 0.5], [0.0, -4.0]]
+
+
+def graph_of(text=GEMMS):
+    return load_model(onnx.parser.parse_model(text)).graph
+
+
+def context_with(rows=DATA, target="tensorrt", **fields):
+    feeds = [{"x": np.array([row], np.float32)} for row in rows]
+    samples = Samples(lambda: iter(feeds), "rows.npz", len(feeds))
+    return Context(target=target_named(target), samples=samples, **fields)
+
+
+def many_rows():
+    return np.random.default_rng(0).standard_normal((500, 2))
+
+
+def test_the_ranges_of_what_the_target_quantizes_go_into_the_context():
+    graph, context = graph_of(), context_with(target="ort-cpu")
+    result = Calibrate(method=Method.MINMAX).apply(graph, context)
+    assert set(context.ranges.tensors) == set(place(graph, context.target).observed) == {"x", "positive", "y"}
+    assert result.parts == {"tensors": 3}
+    positive = context.ranges.tensors["positive"]
+    assert (positive.minimum, positive.maximum, positive.method) == (0, 4, "minmax")
+    assert (positive.count, positive.zero_fraction) == (6, 4 / 6)
+    assert (context.ranges.source, context.ranges.samples, context.ranges.synthetic) == ("rows.npz", 3, False)
+
+
+def test_the_graph_stays_as_it_is():
+    model = load_model(onnx.parser.parse_model(GEMMS))
+    nodes = [id(node) for graph in all_graphs(model.graph) for node in graph.nodes]
+    before = model.copy().to_proto().graph
+    assert Calibrate.effect is Effect.EXACT
+    assert Calibrate().apply(model.graph, context_with(target="ort-cpu")).rewrites == 0
+    assert [id(node) for graph in all_graphs(model.graph) for node in graph.nodes] == nodes
+    after = model.to_proto().graph
+    assert (after.node, after.initializer, after.input, after.output) == (
+        before.node,
+        before.initializer,
+        before.input,
+        before.output,
+    )
+
+
+@pytest.mark.parametrize("method", Method)
+def test_each_method_is_recorded_with_what_was_observed(method):
+    context = context_with(many_rows(), target="ort-cpu")
+    Calibrate(method=method).apply(graph_of(), context)
+    found = context.ranges.tensors["positive"]
+    assert found.method == method.value
+    assert found.minimum == found.observed_minimum == 0
+    assert 0 < found.maximum <= found.observed_maximum
+    assert (found.mean is None) == (method is Method.MINMAX)
+
+
+def test_the_share_that_percentile_keeps_is_an_option():
+    maxima = []
+    for percent in (50.0, 90.0, 100.0):
+        context = context_with(many_rows(), target="ort-cpu")
+        Calibrate(method=Method.PERCENTILE, percent=percent).apply(graph_of(), context)
+        maxima.append(context.ranges.tensors["x"].maximum)
+    assert maxima == sorted(set(maxima))
+    assert maxima[-1] == context.ranges.tensors["x"].observed_maximum
+
+
+@pytest.mark.parametrize("percent", [0.0, -1.0, 100.5, float("nan")])
+def test_a_share_that_is_none_is_refused(percent):
+    with pytest.raises(PipelineError, match="calibrate:percent must be above 0 and at most 100"):
+        Calibrate(method=Method.PERCENTILE, percent=percent)
+
+
+def test_without_data_made_up_inputs_are_used_and_a_note_says_so():
+    context = Context(target=target_named("ort-cpu"))
+    result = Calibrate().apply(graph_of(), context)
+    assert context.ranges.synthetic
+    assert context.ranges.samples == 32
+    assert result.notes == ("no data were given: the ranges come from 32 made-up inputs; use --data",)
+
+
+@pytest.mark.parametrize("least", [20, 1000])
+def test_made_up_inputs_are_made_large_enough_for_the_model(least):
+    ones = ", ".join(["1"] * least)
+    graph = graph_of(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        long (float[1, 1, L] x) => (float[1, 1, M] y) <float[1, 1, {least}] w = {{ {ones} }}>
+        {{ y = Conv (x, w) }}
+    """)
+    context = Context(target=target_named("ort-cpu"))
+    Calibrate().apply(graph, context)
+    assert "y" in context.ranges.tensors
+
+
+def test_made_up_inputs_get_sizes_that_the_model_takes():
+    graph = graph_of(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        fixed (float[N, L] x) => (float[N, 2] y) <int64[2] pairs = {-1, 128}, float[128, 2] w>
+        { rows = Reshape (x, pairs)  y = Gemm (rows, w) }
+    """.replace("float[128, 2] w", "float[128, 2] w = {" + ", ".join(["1"] * 256) + "}")
+    )
+    context = Context(target=target_named("ort-cpu"))
+    Calibrate().apply(graph, context)
+    assert context.ranges.samples == 32
+
+
+def test_the_seed_decides_what_is_made_up():
+    ranges = []
+    for seed in (0, 0, 1):
+        context = Context(target=target_named("ort-cpu"), seed=seed)
+        Calibrate().apply(graph_of(), context)
+        ranges.append(context.ranges.tensors)
+    assert ranges[0] == ranges[1] != ranges[2]
+
+
+def test_few_samples_are_noted_and_enough_are_not():
+    assert "3 samples" in Calibrate().apply(graph_of(), context_with()).notes[0]
+    assert Calibrate().apply(graph_of(), context_with(many_rows()[:32])).notes == ()
+
+
+def test_values_that_are_not_finite_are_refused():
+    with pytest.raises(DataError, match=r"tensor x is NaN in sample 1 \(counted from 0\)"):
+        Calibrate().apply(graph_of(), context_with([[0, 1], [np.nan, 1]], target="ort-cpu"))
+
+
+def test_a_tensor_without_values_is_skipped():
+    result = Calibrate().apply(graph_of(), _empty_batches())
+    assert {skip.reason for skip in result.skipped} == {"it has no values in any sample"}
+
+
+def _empty_batches():
+    feeds = [{"x": np.zeros((0, 2), np.float32)}]
+    return Context(target=target_named("ort-cpu"), samples=Samples(lambda: iter(feeds), "empty", 1))
+
+
+def test_a_graph_with_nothing_to_quantize_gets_empty_ranges():
+    context = context_with()
+    graph = graph_of('<ir_version: 8, opset_import: ["" : 17]> g (float[N, 2] x) => (float[N, 2] y) { y = Relu (x) }')
+    Calibrate().apply(graph, context)
+    assert context.ranges == Ranges(tensors={}, source="rows.npz", samples=3, synthetic=False)
+
+
+def test_inputs_with_a_default_value_need_no_sample():
+    model = load_model(
+        onnx.parser.parse_model("""
+            <ir_version: 8, opset_import: ["" : 17]>
+            defaults (float[N, 2] x, float[1] shift = {100}) => (float[N, 2] y) <float[2, 2] w = {1, 0, 0, 1}>
+            { shifted = Add (x, shift)  y = Gemm (shifted, w) }
+        """)
+    )
+    context = context_with(target="ort-cpu", defaults=model.frame.defaults)
+    Calibrate(method=Method.MINMAX).apply(model.graph, context)
+    assert context.ranges.tensors["shifted"].maximum == 102
+
+
+def test_the_default_method_is_one_of_the_methods():
+    assert Calibrate().method is DEFAULT_METHOD

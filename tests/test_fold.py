@@ -1,0 +1,169 @@
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from comparing import apply_and_compare, assert_equal_outputs, ops
+from onnx import TensorProto, helper, numpy_helper
+from zoo import NAMES, zoo_feed, zoo_model
+
+from graphopt.errors import PipelineError
+from graphopt.graph import all_graphs
+from graphopt.model_io import load_model
+from graphopt.pass_base import Context
+from graphopt.passes.fold import Fold
+from graphopt.runtime import open_session
+
+_LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+
+_TEXT = """
+<ir_version: 8, opset_import: ["" : 17]> agraph (float[N,3,8,8] x) => (float[N,4] y) {
+  w2 = Identity (w)
+  c = Conv (x, w2)
+  i = Identity (c)
+  n = BatchNormalization (i, one, zero, zero, one)
+  k = Constant <value_float = 1.0> ()
+  m = Mul (n, k)
+  p = GlobalAveragePool (m)
+  s = Shape (p)
+  b = Gather (s, first)
+  t = Concat <axis = 0> (b, minus)
+  y = Reshape (p, t)
+  dead = Exp (m)
+}
+"""
+_CONSTANTS = {
+    "w": np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32),
+    "one": np.full(4, 1.5, np.float32),
+    "zero": np.full(4, 0.25, np.float32),
+    "first": np.zeros(1, np.int64),
+    "minus": np.full(1, 4, np.int64),
+}
+
+
+def test_members_make_work_for_each_other():
+    result, model = apply_and_compare(_TEXT, Fold(), constants=_CONSTANTS)
+    assert ops(model) == {"Conv": 1, "GlobalAveragePool": 1, "Reshape": 1}
+    assert result.parts["fold-batch-norm"] == 1
+    assert result.rewrites == sum(result.parts.values())
+
+
+def test_a_second_run_finds_nothing():
+    result, _ = apply_and_compare(_TEXT, Fold(), Fold(), constants=_CONSTANTS)
+    assert result.rewrites == 0
+
+
+@pytest.mark.parametrize(
+    ("member", "op"),
+    [
+        ("fold-batch-norm", "BatchNormalization"),
+        ("fold-constants", "Shape"),
+        ("remove-identities", "Identity"),
+        ("remove-dead-nodes", "Exp"),
+    ],
+)
+def test_leaves_out_a_member(member, op):
+    result, model = apply_and_compare(_TEXT, Fold(skip=(member,)), constants=_CONSTANTS)
+    assert ops(model)[op]
+    assert member not in result.parts
+
+
+def test_refuses_to_skip_what_is_no_member():
+    with pytest.raises(PipelineError, match=r"skip=fold-conv is none of its members; they are remove-identities, "):
+        Fold(skip=("fold-conv",))
+
+
+def test_hands_max_growth_on():
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> agraph (float[N] x) => (float[A] y)'
+        " { f = ConstantOfShape (shape) s = ReduceSum <keepdims = 0> (x) y = Add (s, f) }"
+    )
+    constants = {"shape": np.full(1, 9000, np.int64)}
+    result, model = apply_and_compare(text, Fold(), constants=constants)
+    assert ops(model)["ConstantOfShape"] == 1
+    assert len(result.skipped) == 1
+    _, model = apply_and_compare(text, Fold(max_growth=40_000), constants=constants)
+    assert ops(model)["ConstantOfShape"] == 0
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "shufflenet"])
+def test_weights_that_are_filled_at_run_time_stay_so(name):
+    path = _LIGHT / f"light_{name}.onnx"
+    model = load_model(path)
+    result = Fold().apply(model.graph, Context())
+    assert model.to_proto().ByteSize() < 6 * path.stat().st_size  # folded blindly: some 100 to 1000 times
+    assert any("would grow the model" in skip.reason for skip in result.skipped)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", NAMES)
+def test_real_models_keep_their_outputs(name, capsys):
+    path = zoo_model(name)
+    model = load_model(path)
+    before = sum(len(graph.nodes) for graph in all_graphs(model.graph))
+    start = time.perf_counter()
+    result = Fold().apply(model.graph, Context(defaults=model.frame.defaults))
+    seconds = time.perf_counter() - start
+    after = sum(len(graph.nodes) for graph in all_graphs(model.graph))
+    with capsys.disabled():
+        print(f"\n{name}: {before} nodes, {after} after {seconds:.2f} s; {dict(result.parts)}")
+    folded = model.to_proto()
+    original = open_session(path, optimize=False, threads=1)
+    feed = zoo_feed(name, original)
+    found = open_session(folded, optimize=False, threads=1).run(feed)
+    for output, value in original.run(feed).items():
+        # probabilities near 0 have no better relative precision than the logits that they come from
+        limit = 1e-4 * np.abs(value).max(initial=0) + 1e-6
+        np.testing.assert_allclose(found[output], value, rtol=0, atol=limit, err_msg=output)
+
+
+@pytest.mark.zoo
+def test_static_pads_of_efficientnet_fold_and_its_batch_stays_dynamic():
+    path = zoo_model("efficientnet_lite0_bn")
+    model = load_model(path)
+    result = Fold().apply(model.graph, Context())
+    assert result.parts["fold-batch-norm"] == 49
+    folded = model.to_proto()
+    assert len(folded.graph.node) <= 160
+    assert ops(folded)["Pad"] == 17
+    assert ops(folded)["Shape"] <= 1  # of the batch, for the Flatten before the classifier
+    image = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    assert_equal_outputs(onnx.load(path), folded, {folded.graph.input[0].name: image}, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_time_grows_with_the_number_of_nodes():
+    seconds = {}
+    for blocks in (500, 5000):
+        model = load_model(_chain(blocks))
+        start = time.perf_counter()
+        result = Fold().apply(model.graph, Context())
+        seconds[blocks] = time.perf_counter() - start
+        assert result.parts["fold-batch-norm"] == blocks
+        assert sum(len(graph.nodes) for graph in all_graphs(model.graph)) == 2 * blocks
+    assert seconds[5000] < 30 * seconds[500]
+
+
+def _chain(blocks: int) -> onnx.ModelProto:
+    """Conv, BatchNormalization, Relu and a dead Shape, over and over."""
+    nodes, previous = [], "x"
+    for index in range(blocks):
+        nodes += [
+            helper.make_node("Conv", [previous, "w"], [f"c{index}"]),
+            helper.make_node("BatchNormalization", [f"c{index}", "s", "s", "s", "s"], [f"n{index}"]),
+            helper.make_node("Relu", [f"n{index}"], [f"r{index}"]),
+            helper.make_node("Shape", [f"r{index}"], [f"s{index}"]),
+        ]
+        previous = f"r{index}"
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])],
+        [helper.make_tensor_value_info(previous, TensorProto.FLOAT, ["N", 3, 4, 4])],
+        [
+            numpy_helper.from_array(np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), "w"),
+            numpy_helper.from_array(np.ones(3, np.float32), "s"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -1,0 +1,173 @@
+"""Q/DQ pairs as they stand in the file, and that the result computes what the float graph does."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from texts import model_of
+
+from graphopt.errors import PipelineError
+from graphopt.model_io import load_model
+from graphopt.pass_base import Context
+from graphopt.passes import InsertQdq
+from graphopt.passes.insert_qdq import Switch
+from graphopt.quantization import INT8_WEIGHT
+from graphopt.ranges import Ranges, TensorRange
+from graphopt.runtime import open_session, optimized_ops
+from graphopt.targets.ort_cpu import ORT_CPU
+from graphopt.targets.tensorrt import TENSORRT
+
+CONV_RELU_CONV = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    example (float[N,16,8,8] x) => (float[N,16,8,8] y)
+    <float[16,16,3,3] w, float[16] b>
+    { c = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(c)  y = Conv<pads=[1,1,1,1]>(r, w, b) }
+"""
+
+
+def range_of(minimum, maximum):
+    return TensorRange(
+        minimum=minimum,
+        maximum=maximum,
+        method="minmax",
+        observed_minimum=minimum,
+        observed_maximum=maximum,
+        mean=None,
+        zero_fraction=0.0,
+        count=1,
+    )
+
+
+def ranges_of(**bounds):
+    tensors = {name: range_of(*pair) for name, pair in bounds.items()}
+    return Ranges(tensors=tensors, source="test", samples=1, synthetic=False)
+
+
+RANGES = ranges_of(x=(-3, 3), r=(0, 4), y=(-3, 3), c=(-4, 4))
+
+
+def quantized(model, target=ORT_CPU, ranges=RANGES, **options):
+    loaded = load_model(model)
+    result = InsertQdq(**options).apply(loaded.graph, Context(target=target, ranges=ranges))
+    proto = loaded.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    return proto, result
+
+
+def initializers(proto):
+    return {each.name: numpy_helper.to_array(each) for each in proto.graph.initializer}
+
+
+def test_ort_stores_weights_as_int8_behind_a_dq_with_a_scale_for_each_channel():
+    proto, result = quantized(model_of(CONV_RELU_CONV))
+    (reading,) = [node for node in proto.graph.node if node.input[0] == "w_quantized"]
+    assert reading.op_type == "DequantizeLinear"
+    assert next(attribute.i for attribute in reading.attribute if attribute.name == "axis") == 0
+    stored = initializers(proto)
+    assert stored["w_quantized"].dtype == np.int8
+    assert stored["w_scale"].shape == (16,)
+    assert "w" not in stored
+    assert result.parts == {"operators": 2, "activations": 3, "weights": 2}
+
+
+def test_biases_stay_float():
+    proto, _ = quantized(model_of(CONV_RELU_CONV))
+    assert initializers(proto)["b"].dtype == np.float32
+    assert all("b" not in node.input for node in proto.graph.node if node.op_type != "Conv")
+
+
+def test_tensorrt_keeps_float_weights_behind_q_and_dq_with_zero_point_zero():
+    proto, _ = quantized(model_of(CONV_RELU_CONV), TENSORRT)
+    stored = initializers(proto)
+    assert stored["w"].dtype == np.float32
+    pairs = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    assert {node.input[0] for node in pairs} == {"x", "r", "w"}
+    assert all(stored[node.input[2]].dtype == np.int8 and not stored[node.input[2]].any() for node in pairs)
+
+
+def test_tensorrt_can_store_int8_weights_when_asked():
+    proto, _ = quantized(model_of(CONV_RELU_CONV), TENSORRT, int8_weights=Switch.ON)
+    assert "w" not in initializers(proto)
+
+
+def test_a_graph_output_keeps_its_name():
+    proto, _ = quantized(model_of(CONV_RELU_CONV))
+    assert [output.name for output in proto.graph.output] == ["y"]
+    assert proto.graph.node[-1].op_type == "DequantizeLinear"
+
+
+@pytest.mark.parametrize("target", [ORT_CPU, TENSORRT], ids=lambda target: target.name)
+def test_the_result_is_close_to_the_float_graph(target):
+    model = model_of(CONV_RELU_CONV)
+    feed = {"x": np.random.default_rng(1).uniform(-3, 3, (2, 16, 8, 8)).astype(np.float32)}
+    seen = open_session(model, extra_outputs=["r"]).run(feed) | feed
+    ranges = ranges_of(**{name: (float(array.min()), float(array.max())) for name, array in seen.items()})
+    expected = seen["y"]
+    found = open_session(quantized(model, target, ranges)[0], optimize=False).run(feed)["y"]
+    noise = ((expected - found) ** 2).sum() / (expected**2).sum()
+    assert 10 * np.log10(1 / noise) > 30
+
+
+def test_onnxruntime_runs_every_conv_in_int8():
+    operators = optimized_ops(quantized(model_of(CONV_RELU_CONV))[0])
+    assert operators["QLinearConv"] == 2
+    assert not {"Conv", "FusedConv", "Relu"} & set(operators)
+
+
+@pytest.mark.parametrize("switch", [Switch.ON, Switch.OFF])
+def test_reduce_range_decides_how_many_bits_weights_use(switch):
+    proto, _ = quantized(model_of(CONV_RELU_CONV), reduce_range=switch)
+    assert np.abs(initializers(proto)["w_quantized"]).max() == (64 if switch is Switch.ON else 127)
+
+
+def test_excluded_nodes_stay_float():
+    model = model_of(CONV_RELU_CONV)
+    model.graph.node[0].name = "block1/conv"
+    _, result = quantized(model, exclude=("block1/*",))
+    assert result.parts["operators"] == 1
+    assert [skip.where for skip in result.skipped] == ["block1/conv"]
+    _, result = quantized(model, exclude_ops=("Conv",))
+    assert not result.rewrites
+
+
+@pytest.mark.parametrize("options", [{"exclude": ("none*",)}, {"exclude_ops": ("Gemm",)}])
+def test_an_exclusion_that_fits_nothing_is_an_error(options):
+    with pytest.raises(PipelineError, match="exclude"):
+        quantized(model_of(CONV_RELU_CONV), **options)
+
+
+def test_without_ranges_it_says_what_to_do():
+    with pytest.raises(PipelineError, match="put calibrate before it"):
+        quantized(model_of(CONV_RELU_CONV), ranges=None)
+
+
+def test_ranges_of_another_model_are_refused():
+    with pytest.raises(PipelineError, match="another model"):
+        quantized(model_of(CONV_RELU_CONV), ranges=ranges_of(other=(0, 1)))
+
+
+def test_an_operator_without_a_range_stays_float_with_the_reason():
+    _, result = quantized(model_of(CONV_RELU_CONV), ranges=ranges_of(x=(-3, 3), r=(0, 4)))
+    assert result.parts["operators"] == 1
+    assert "no range is known for y" in result.skipped[0].reason
+
+
+def test_a_quantized_model_is_refused():
+    with pytest.raises(PipelineError, match="quantized already"):
+        quantized(quantized(model_of(CONV_RELU_CONV))[0])
+
+
+def test_a_low_opset_is_raised_and_said():
+    proto, result = quantized(model_of(CONV_RELU_CONV.replace("17", "11")))
+    assert proto.opset_import[0].version == 13
+    assert "13" in result.notes[0]
+
+
+def test_a_weight_of_two_readers_is_stored_once():
+    proto, _ = quantized(model_of(CONV_RELU_CONV))
+    assert sum(name.startswith("w_quantized") for name in initializers(proto)) == 1
+
+
+def test_weights_use_the_whole_symmetric_range():
+    stored = initializers(quantized(model_of(CONV_RELU_CONV), reduce_range=Switch.OFF)[0])["w_quantized"]
+    assert stored.min() >= INT8_WEIGHT.minimum

@@ -1,0 +1,206 @@
+import threading
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import helper
+
+from graphopt.data import Samples
+from graphopt.errors import DataError, ModelError
+from graphopt.histogram import Extremes, Histogram
+from graphopt.model_io import load_model
+from graphopt.observe import observe
+
+CHAIN = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    chain (float[N, 3] x) => (float[N, 3] y) <float[1] two = {2}>
+    { doubled = Mul (x, two)  positive = Relu (doubled)  y = Add (positive, two) }
+"""
+
+
+def model_of(text):
+    return load_model(onnx.parser.parse_model(text))
+
+
+def samples_of(*feeds, name="x"):
+    arrays = [feed if isinstance(feed, dict) else {name: np.asarray(feed, np.float32)} for feed in feeds]
+    return Samples(lambda: iter(arrays), "test data", len(arrays))
+
+
+def test_inputs_intermediate_tensors_and_outputs_are_observed():
+    samples = samples_of([[-1, 0, 1]], [[2, 3, -4]])
+    observation = observe(model_of(CHAIN), ["x", "doubled", "positive", "y"], samples, Histogram)
+    extremes = {name: (seen.minimum, seen.maximum) for name, seen in observation.statistics.items()}
+    assert extremes == {"x": (-4, 3), "doubled": (-8, 6), "positive": (0, 6), "y": (2, 8)}
+    assert all(seen.count == 6 for seen in observation.statistics.values())
+    assert observation.statistics["positive"].zeros == 3
+    assert observation.samples == 2
+    assert observation.skipped == ()
+
+
+def test_the_histogram_is_that_of_the_values_in_any_order_and_batch():
+    values = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    direct = Histogram()
+    direct.add(np.maximum(2 * values, 0))
+    for feeds in (values[::-1, None], [values[:4], values[4:]]):
+        seen = observe(model_of(CHAIN), ["positive"], samples_of(*feeds), Histogram).statistics["positive"]
+        assert np.array_equal(seen.counts, direct.counts)
+        assert vars(seen).keys() == vars(direct).keys()
+        assert (seen.width, seen.zeros, seen.maximum) == (direct.width, direct.zeros, direct.maximum)
+
+
+def test_extremes_alone_can_be_asked_for():
+    seen = observe(model_of(CHAIN), ["y"], samples_of([[0, 1, 2]]), Extremes).statistics["y"]
+    assert type(seen) is Extremes
+    assert (seen.minimum, seen.maximum) == (2, 6)
+
+
+def test_the_model_is_left_as_it_was():
+    model = model_of(CHAIN)
+    before = model.to_proto().SerializeToString()
+    observe(model, ["doubled"], samples_of([[0, 1, 2]]), Extremes)
+    assert model.to_proto().SerializeToString() == before
+
+
+def test_progress_is_told_after_every_sample():
+    told = []
+    observe(
+        model_of(CHAIN),
+        ["y"],
+        samples_of([[0, 1, 2]], [[0, 1, 2]]),
+        Extremes,
+        progress=lambda what, done, total: told.append((what, done, total)),
+    )
+    assert told == [("calibrate", 0, 2), ("calibrate", 1, 2), ("calibrate", 2, 2)]
+
+
+def test_samples_are_read_one_at_a_time_and_no_thread_is_left():
+    alive = []
+
+    def feeds():
+        for _ in range(20):
+            alive.append(threading.active_count())
+            yield {"x": np.ones((1, 3), np.float32)}
+
+    before = threading.active_count()
+    observation = observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), Histogram)
+    assert observation.samples == 20
+    assert max(alive) <= before + 1
+    assert threading.active_count() == before
+
+
+def test_a_source_may_use_the_same_array_for_every_sample():
+    def feeds():
+        array = np.empty((1, 300_000, 3), np.float32)
+        for value in range(6):
+            array.fill(value)
+            yield {"x": array}
+
+    model = model_of(CHAIN.replace("float[N, 3]", "float[N, M, 3]"))
+    seen = observe(model, ["x"], Samples(feeds, "one array", 6), Histogram).statistics["x"]
+    assert seen.magnitudes()[seen.magnitudes() > 0].tolist() == [900_000] * 6
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(DataError, match="test data: there are no samples to calibrate with"):
+        observe(model_of(CHAIN), ["y"], samples_of(), Histogram)
+
+
+@pytest.mark.parametrize(("bad", "name"), [(np.nan, "NaN"), (np.inf, "infinite")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_value_that_is_not_finite_names_the_tensor_and_the_sample(bad, name, place):
+    feeds = [np.ones((1, 3)) for _ in range(3)]
+    feeds[place][0, 1] = bad
+    with pytest.raises(DataError, match=rf"tensor doubled is {name} in sample {place} \(counted from 0\)"):
+        observe(model_of(CHAIN), ["doubled", "positive", "x", "y"], samples_of(*feeds), Histogram)
+
+
+def test_a_sample_that_the_model_does_not_take_is_named():
+    good, bad = np.ones((1, 3)), np.ones((1, 4))
+    with pytest.raises(DataError, match=r"the model does not run on sample 1 \(counted from 0\): .*4.*3"):
+        observe(model_of(CHAIN), ["y"], samples_of(good, bad), Histogram)
+
+
+def test_a_model_that_onnxruntime_refuses_is_an_error():
+    model = model_of('<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) { y = Relu (x) }')
+    model.graph.nodes[0].op = "NoSuchOperator"
+    with pytest.raises(ModelError, match="NoSuchOperator"):
+        observe(model, ["y"], samples_of([1]), Histogram)
+
+
+def test_tensors_that_cannot_be_observed_are_skipped_with_a_reason():
+    model = model_of("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        branches (float[3] x) => (float[3] y, int64[1] shape) <float[1] two = {2}, bool yes = {1}> {
+            shape = Shape (x)
+            c = If (yes) <
+                then_branch = t () => (float[3] a) { inner = Mul (x, two)  a = Relu (inner) },
+                else_branch = e () => (float[3] b) { b = Identity (x) }
+            >
+            y = Add (c, two)
+        }
+    """)
+    names = ["y", "shape", "inner", "two", "nowhere"]
+    observation = observe(model, names, samples_of([1, 2, 3]), Histogram)
+    assert list(observation.statistics) == ["y"]
+    assert {skip.where: skip.reason for skip in observation.skipped} == {
+        "shape": "its values are int64: only floating-point tensors are quantized",
+        "inner": "it is inside a branch or a body, where its values cannot be observed",
+        "two": "it is constant: its range is known without samples",
+        "nowhere": "the graph has no tensor of that name",
+    }
+
+
+def test_a_tensor_that_is_empty_in_every_sample_is_skipped_and_one_that_is_only_sometimes_is_not():
+    model = model_of("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        slices (float[N] x) => (float[M] first, float[K] rest)
+        <int64[1] zero = {0}, int64[1] two = {2}, int64[1] end = {99}>
+        { first = Slice (x, zero, two)  rest = Slice (x, two, end) }
+    """)
+    always = observe(model, ["first", "rest"], samples_of([1, 2], [3]), Histogram)
+    assert list(always.statistics) == ["first"]
+    assert [(skip.where, skip.reason) for skip in always.skipped] == [("rest", "it has no values in any sample")]
+    sometimes = observe(model, ["rest"], samples_of([1, 2], [3, 4, 5]), Histogram)
+    assert (sometimes.statistics["rest"].count, sometimes.statistics["rest"].maximum) == (1, 5)
+
+
+def test_an_optional_tensor_without_a_value_counts_nothing():
+    tensor = helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, ["N"])
+    optional = helper.make_optional_type_proto(tensor)
+    some = helper.make_graph(
+        [helper.make_node("Optional", ["x"], ["a"])], "some", [], [helper.make_value_info("a", optional)]
+    )
+    none = helper.make_graph(
+        [helper.make_node("Optional", [], ["b"], type=tensor)],
+        "none",
+        [],
+        [helper.make_value_info("b", optional)],
+    )
+    there = helper.make_tensor_value_info("there", onnx.TensorProto.BOOL, [])
+    graph = helper.make_graph(
+        [helper.make_node("If", ["there"], ["o"], then_branch=some, else_branch=none)],
+        "maybe",
+        [helper.make_value_info("x", tensor), there],
+        [helper.make_value_info("o", optional)],
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)])
+    x = np.array([1, 2], np.float32)
+    feeds = [{"x": x, "there": np.array(False)}, {"x": x, "there": np.array(True)}]
+    assert observe(load_model(model), ["o"], samples_of(*feeds), Histogram).statistics["o"].count == 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "double"])
+def test_other_float_types_are_observed(dtype):
+    model = model_of(f"""
+        <ir_version: 8, opset_import: ["" : 17]> g ({dtype}[N] x) => ({dtype}[N] y) {{ y = Relu (x) }}
+    """)
+    numpy_type = {"float16": np.float16, "double": np.float64}[dtype]
+    feed = {"x": np.array([-1, 0.5, 3], numpy_type)}
+    assert observe(model, ["y"], samples_of(feed), Histogram).statistics["y"].maximum == 3
+
+
+def test_nothing_to_observe_still_counts_the_samples():
+    observation = observe(model_of(CHAIN), [], samples_of([[1, 2, 3]]), Histogram)
+    assert (observation.samples, observation.statistics) == (1, {})

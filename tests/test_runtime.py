@@ -1,0 +1,208 @@
+import gc
+import os
+import weakref
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+
+from graphopt import model_io
+from graphopt.data import InputSpec
+from graphopt.errors import DataError, ModelError
+from graphopt.model_io import load_model
+from graphopt.runtime import Session, measure_latency, open_session, optimized_ops
+
+SMALL = """
+<ir_version: 8, opset_import: ["" : 17]>
+small (float[batch, 2] x) => (float[batch, 2] y) <float[2] w = {1, 2}, float[2] b = {3, 4}>
+{ scaled = Mul (x, w)  y = Add (scaled, b) }
+"""
+FEED = {"x": np.ones((1, 2), np.float32)}
+
+
+def small() -> onnx.ModelProto:
+    return onnx.parser.parse_model(SMALL)
+
+
+def test_a_model_runs_from_a_file_a_proto_and_a_graph(tmp_path):
+    onnx.save(small(), tmp_path / "model.onnx")
+    for model in (tmp_path / "model.onnx", small(), load_model(small())):
+        session = open_session(model, threads=1, optimize=False, saturation_free=True)
+        assert session.inputs == (InputSpec("x", np.dtype(np.float32), ("batch", 2)),)
+        assert session.outputs == ("y",)
+        assert session.run(FEED)["y"].tolist() == [[4, 6]]
+
+
+def test_inputs_with_a_default_are_left_out():
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2] x, float[2] w) => (float[2] y) <float[2] w = {1, 2}> { y = Mul (x, w) }
+    """
+    session = open_session(onnx.parser.parse_model(text))
+    assert [spec.name for spec in session.inputs] == ["x"]
+    assert session.run({"x": np.ones(2, np.float32), "w": np.zeros(2, np.float32)})["y"].tolist() == [0, 0]
+
+
+def test_intermediate_tensors_inputs_and_weights_can_be_outputs(tmp_path):
+    onnx.save(small(), tmp_path / "model.onnx")
+    for model in (tmp_path / "model.onnx", small(), load_model(small())):
+        session = open_session(model, extra_outputs=["scaled", "x", "w", "y", "scaled"])
+        assert session.outputs == ("y", "scaled", "x", "w")
+        assert session.run(FEED, ["scaled"])["scaled"].tolist() == [[1, 2]]
+    model = small()
+    open_session(model, extra_outputs=["scaled"])
+    assert model == small()
+
+
+def test_an_extra_output_that_does_not_exist_is_refused():
+    with pytest.raises(ModelError, match="no tensor 'missing'"):
+        open_session(small(), extra_outputs=["missing"])
+
+
+def test_input_types_are_numpys():
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (bfloat16[1] a, string[1] b, uint8 c) => (bfloat16[1] d, string[1] e, uint8 f)
+        { d = Identity (a)  e = Identity (b)  f = Identity (c) }
+    """
+    names = [spec.dtype.name for spec in open_session(onnx.parser.parse_model(text)).inputs]
+    assert names == ["bfloat16", "object", "uint8"]
+
+
+def test_inputs_that_are_no_tensors_are_refused():
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (seq(float[2]) s) => (int64 y) { y = SequenceLength (s) }
+    """
+    with pytest.raises(ModelError, match="input 's' is a seq"):
+        open_session(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize(
+    ("feed", "message"),
+    [
+        ({}, "has no 'x'"),
+        ({"x": np.ones((1, 3), np.float32)}, "Got: 3 Expected: 2"),
+        ({"x": np.ones((1, 2))}, r"expected: \(tensor\(float\)\)"),
+        ({**FEED, "z": np.ones(1)}, "Invalid input name: z"),
+    ],
+)
+def test_a_feed_that_does_not_fit_is_refused_in_one_line(feed, message):
+    with pytest.raises(DataError, match=message) as error:
+        open_session(small()).run(feed)
+    assert "\n" not in str(error.value)
+    assert "ONNXRuntimeError" not in str(error.value)
+
+
+def test_a_node_that_fails_is_named_without_places_in_onnxruntimes_source():
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n] x, int64[1] s) => (float[m] y) { y = Reshape (x, s) }
+    """
+    session = open_session(onnx.parser.parse_model(text))
+    with pytest.raises(ModelError, match="Reshape node") as error:
+        session.run({"x": np.ones(3, np.float32), "s": np.array([5])})
+    assert "onnxruntime_src" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_onnxruntime_does_not_take_is_refused(tmp_path):
+    model = small()
+    model.graph.node[0].op_type = "Unheard"
+    with pytest.raises(ModelError, match="Unheard"):
+        open_session(model)
+    with pytest.raises(ModelError, match="no such file"):
+        open_session(tmp_path / "missing.onnx")
+
+
+def large(size: int = 3000) -> onnx.ModelProto:
+    """A model with a large weight in an initializer, one in a Constant node, and one in a branch."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        large (float[{size}] x, bool c) => (float[{size}] y) {{
+            k = Constant <value = float {{0}}> ()
+            scaled = Mul (x, w)
+            moved = Add (scaled, k)
+            y = If (c) <
+                then_branch = t () => (float[{size}] a) {{ a = Mul (moved, v) }},
+                else_branch = e () => (float[{size}] b) {{ b = Mul (moved, w) }}
+            >
+        }}
+    """)
+    weights = [numpy_helper.from_array(np.arange(size, dtype=np.float32) + number, name) for number, name in
+               enumerate(("w", "k", "v"))]  # fmt: skip
+    model.graph.initializer.append(weights[0])
+    model.graph.node[0].attribute[0].t.CopyFrom(weights[1])
+    model.graph.node[3].attribute[0].g.initializer.append(weights[2])
+    return model
+
+
+@pytest.mark.parametrize("as_proto", [False, True], ids=["Model", "ModelProto"])
+def test_a_model_beyond_protobufs_limit_runs_on_shared_weights(monkeypatch, as_proto):
+    proto = large()
+    whole = open_session(proto)
+    ops = optimized_ops(proto)
+    monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", 5000)
+    session = open_session(proto if as_proto else load_model(proto), extra_outputs=["moved"])
+    for condition in (True, False):
+        feed = {"x": np.linspace(0, 1, 3000, dtype=np.float32), "c": np.array(condition)}
+        gc.collect()
+        np.testing.assert_array_equal(session.run(feed)["y"], whole.run(feed)["y"])
+    assert optimized_ops(proto) == ops
+
+
+def test_a_session_goes_with_its_last_user():
+    session = open_session(small())
+    inner = weakref.ref(session._session)
+    del session
+    gc.collect()
+    assert inner() is None
+
+
+def test_operators_are_counted_as_onnxruntime_leaves_them():
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,2] x) => (float[2,2] y) <float[2,2] w = {1, 2, 3, 4}, float[2] b = {1, 2}>
+        { i = Identity (x)  product = MatMul (i, w)  y = Add (product, b) }
+    """
+    assert optimized_ops(onnx.parser.parse_model(text)) == {"Gemm": 1}
+
+
+def test_latency_is_measured_in_turns_that_reverse():
+    class Spy(Session):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, feed, outputs=None):
+            turns.append(self.name)
+            return {}
+
+    turns: list[str] = []
+    medians = measure_latency([Spy("a"), Spy("b")], {}, seconds=0)
+    assert "".join(turns) == "abab" + "abbaabbaab"
+    assert len(medians) == 2
+    assert all(median >= 0 for median in medians)
+
+
+@pytest.mark.slow
+def test_a_model_of_more_than_2_gb_is_saved_loaded_and_run(tmp_path):
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 * 2**30:
+        pytest.skip("needs 8 GB of free memory")
+    model = load_model(small())
+    rows = 2**28 + 2**20  # two float32 each: 2.1 GB
+    table = np.zeros((rows, 2), np.float32)
+    table[-1] = 5, 7
+    gather = model.graph.nodes[0]
+    gather.op, gather.attrs["axis"] = "Gather", 0
+    gather.inputs[1].values, gather.inputs[0].dtype = table, np.dtype(np.int64)
+    gather.inputs[0].shape = ["batch"]
+    gather.inputs.reverse()
+    feed = {"x": np.array([rows - 1])}
+    assert open_session(model).run(feed)["y"].tolist() == [[8, 11]]
+    model_io.save_model(model, tmp_path / "large.onnx")
+    del model, gather, table
+    again = load_model(tmp_path / "large.onnx")
+    assert open_session(again).run(feed)["y"].tolist() == [[8, 11]]
+    assert open_session(tmp_path / "large.onnx").run(feed)["y"].tolist() == [[8, 11]]

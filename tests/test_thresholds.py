@@ -1,0 +1,210 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.histogram import Extremes, Histogram
+from graphopt.quantization import INT8_SYMMETRIC, UINT8, params_of_range
+from graphopt.thresholds import Method, choose_range, entropy, mse, percentile
+
+
+def histogram_of(values):
+    histogram = Histogram()
+    histogram.add(np.asarray(values, np.float32))
+    return histogram
+
+
+def plain_entropy(counts):
+    """The candidate that the algorithm of 2017 chooses, step by step as it is described."""
+    bins = counts.astype(np.float64)
+    bins[0] = bins[1]
+    divergences = []
+    for i in range(128, len(bins) + 1):
+        p = bins[:i].copy()
+        p[-1] += bins[i:].sum()
+        level_of_bin = 128 * np.arange(i) // i
+        mass = np.bincount(level_of_bin, bins[:i])
+        filled = np.bincount(level_of_bin, bins[:i] > 0)
+        q = np.where(bins[:i] > 0, (mass / np.maximum(filled, 1))[level_of_bin], 0)
+        divergences.append(divergence(p / p.sum(), q / q.sum()) if q.any() else math.inf)
+    # equal divergences differ by rounding, in the tenth digit at most
+    return 128 + max(k for k, value in enumerate(divergences) if value <= min(divergences) + 1e-9)
+
+
+def divergence(p, q):
+    if (q[p > 0] == 0).any():
+        return math.inf
+    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+
+
+def shaped_counts(shape, size):
+    """Counts of |x| in `size` bins up to the largest |x|."""
+    rng = np.random.default_rng(0)
+    values = {
+        "gaussian": lambda: rng.standard_normal(200_000),
+        "laplace": lambda: rng.laplace(size=200_000),
+        "uniform": lambda: rng.random(200_000),
+        "outliers": lambda: np.append(rng.standard_normal(200_000), [30, 31, 40]),
+        "relu": lambda: np.maximum(rng.standard_normal(200_000), 0),
+        "relu6": lambda: rng.standard_normal(200_000).clip(0, 1),
+        "sparse": lambda: rng.choice([0.1, 0.2, 0.5, 3.0, 8.0], 1000),
+        "far": lambda: 5 + 0.01 * rng.standard_normal(1000),
+        "few": lambda: rng.standard_normal(7),
+        "one": lambda: np.array([1.0]),
+        "heavy": lambda: rng.standard_t(2, 200_000),
+    }[shape]()
+    magnitudes = np.abs(values)
+    return np.histogram(magnitudes, size, (0, magnitudes.max()))[0]
+
+
+SHAPES = [
+    "gaussian",
+    "laplace",
+    "uniform",
+    "outliers",
+    "relu",
+    "relu6",
+    "sparse",
+    "far",
+    "few",
+    "one",
+    "heavy",
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [128, 129, 333, 2048])
+def test_entropy_is_the_plain_algorithm(shape, size):
+    counts = shaped_counts(shape, size)
+    assert entropy(counts, 0.5) == plain_entropy(counts) * 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 10**9)), min_size=128, max_size=180),
+    st.integers(0, 180),
+)
+def test_entropy_is_the_plain_algorithm_on_any_counts(counts, first_empty):
+    counts = np.array([*counts, 1])
+    counts[first_empty:-1] = 0
+    assert entropy(counts, 1.0) == plain_entropy(counts)
+
+
+def test_entropy_leaves_the_counts_alone():
+    counts = shaped_counts("relu", 200)
+    before = counts.copy()
+    entropy(counts, 1.0)
+    assert np.array_equal(counts, before)
+
+
+def test_entropy_ignores_how_many_zeros_there_are():
+    counts = shaped_counts("relu", 500)
+    more = counts.copy()
+    more[0] *= 1000
+    assert entropy(more, 1.0) == entropy(counts, 1.0)
+
+
+def test_entropy_never_ends_on_an_empty_bin_below_outliers():
+    counts = shaped_counts("gaussian", 300)
+    counts[200:] = 0
+    counts[-1] = 1
+    assert entropy(counts, 1.0) <= 200
+
+
+@pytest.mark.parametrize("counts", [[5], [5] + 299 * [0], 100 * [3], 128 * [3]])
+def test_entropy_keeps_the_full_range_where_there_is_nothing_to_choose(counts):
+    assert entropy(np.array(counts), 0.25) == len(counts) * 0.25
+
+
+def test_entropy_clips_rare_outliers_of_a_gaussian():
+    values = np.append(np.random.default_rng(0).standard_normal(1_000_000), [30, -30])
+    low, high = choose_range(histogram_of(values), Method.ENTROPY)
+    assert 4 < high < 7
+    assert low == max(-high, values.min())
+
+
+def test_minmax_clips_nothing():
+    extremes = Extremes()
+    extremes.add(np.array([-1, 0, 30], np.float32))
+    assert choose_range(extremes, Method.MINMAX) == (-1, 30)
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [np.zeros(9), np.full(9, 3.0), np.full(9, -3.0), [1e-30, 2e-30], [-1, 5], [0.1], [-3e38, 3e38, 1]],
+)
+def test_no_method_goes_beyond_the_values_observed(method, symmetric, values):
+    histogram = histogram_of(values)
+    low, high = choose_range(histogram, method, symmetric=symmetric)
+    assert histogram.minimum <= low <= high <= histogram.maximum
+
+
+@pytest.mark.parametrize("method", [Method.ENTROPY, Method.PERCENTILE, Method.MSE])
+def test_a_relu_keeps_zero_as_its_lower_end(method):
+    values = np.maximum(np.random.default_rng(0).standard_normal(10_000), 0)
+    low, high = choose_range(histogram_of(values), method)
+    assert low == 0
+    assert 2 < high <= values.max()
+
+
+@pytest.mark.parametrize("method", Method)
+def test_no_values_have_no_range(method):
+    with pytest.raises(ValueError, match="no range of no values"):
+        choose_range(Histogram(), method)
+
+
+@pytest.mark.parametrize("method", [method for method in Method if method is not Method.MINMAX])
+def test_bare_extremes_suffice_for_minmax_only(method):
+    assert method.statistics is Histogram
+    extremes = Extremes()
+    extremes.add(np.ones(3, np.float32))
+    with pytest.raises(TypeError, match=f"{method.value} needs a histogram"):
+        choose_range(extremes, method)
+
+
+@pytest.mark.parametrize(("percent", "edge"), [(0.1, 1), (50, 1), (50.1, 2), (75, 2), (99, 4), (100, 4)])
+def test_percentile_is_the_first_edge_with_enough_values_below(percent, edge):
+    assert percentile(np.array([2, 1, 0, 1]), 0.5, percent) == edge * 0.5
+
+
+def test_percentile_clips_the_share_that_it_is_given():
+    values = np.random.default_rng(0).standard_normal(100_000)
+    low, high = choose_range(histogram_of(values), Method.PERCENTILE, percent=99.0)
+    assert np.mean((values < low) | (values > high)) == pytest.approx(0.01, abs=5e-4)
+
+
+def squared_error(values, low, high, quant_type):
+    params = params_of_range(low, high, quant_type)
+    return float(((params.dequantize(params.quantize(values)) - values) ** 2).mean())
+
+
+@pytest.mark.parametrize("quant_type", [UINT8, INT8_SYMMETRIC], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("shape", ["gaussian", "laplace", "skewed", "outliers", "relu"])
+def test_mse_finds_a_range_with_nearly_the_least_error(shape, quant_type):
+    rng = np.random.default_rng(0)
+    values = {
+        "gaussian": rng.standard_normal(20_000),
+        "laplace": rng.laplace(size=20_000),
+        "skewed": rng.exponential(size=20_000) - 0.3,
+        "outliers": np.append(rng.standard_normal(20_000), [9, -12]),
+        "relu": np.maximum(rng.standard_normal(20_000), 0),
+    }[shape].astype(np.float32)
+    low, high = choose_range(histogram_of(values), Method.MSE, symmetric=quant_type.symmetric)
+    fractions = np.linspace(0.2, 1, 25)
+    best = min(
+        squared_error(values, a * values.min(), b * values.max(), quant_type) for a in fractions for b in fractions
+    )
+    assert squared_error(values, low, high, quant_type) <= 1.06 * best
+    assert squared_error(values, low, high, quant_type) <= squared_error(values, values.min(), values.max(), quant_type)
+
+
+def test_mse_clips_one_side_alone_where_only_that_side_has_outliers():
+    values = np.append(np.random.default_rng(0).random(1_000_000) - 0.5, 5)
+    histogram = histogram_of(values)
+    low, high = mse(histogram.counts, histogram.width, symmetric=False)
+    assert low == pytest.approx(-0.5, abs=0.02)
+    assert 0.5 <= high < 2
