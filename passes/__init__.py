@@ -14,6 +14,7 @@ from graphopt.passes.calibrate import Calibrate
 from graphopt.passes.fold import Fold
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
+from graphopt.passes.fold_pad import FoldPad
 from graphopt.passes.freeze_inputs import FreezeInputs
 from graphopt.passes.insert_qdq import InsertQdq
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
@@ -24,6 +25,7 @@ __all__ = [
     "Fold",
     "FoldBatchNorm",
     "FoldConstants",
+    "FoldPad",
     "FreezeInputs",
     "InsertQdq",
     "RemoveDeadNodes",
@@ -35,6 +37,7 @@ _OWN: tuple[type[Pass], ...] = (
     Fold,
     FoldConstants,
     FoldBatchNorm,
+    FoldPad,
     RemoveIdentities,
     RemoveDeadNodes,
     FreezeInputs,

@@ -16,6 +16,7 @@ from graphopt.errors import PipelineError
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
+from graphopt.passes.fold_pad import FoldPad
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_identities import RemoveIdentities
 
@@ -56,6 +57,7 @@ class Fold(Pass):
             RemoveIdentities(),
             FoldConstants(max_growth=self.max_growth),
             FoldBatchNorm(),
+            FoldPad(),
             RemoveDeadNodes(),
         ]
 
