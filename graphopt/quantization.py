@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+_LARGEST_PAIR = 127  # 128, less the half step that rounding may add to each of two weights
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """A scale below the smallest normal float32 may be flushed to zero by a runtime, and then divides by it."""
 
@@ -41,8 +42,6 @@ UINT8 = QuantType(np.dtype(np.uint8), 0, 255, symmetric=False)
 INT8 = QuantType(np.dtype(np.int8), -128, 127, symmetric=False)
 INT8_SYMMETRIC = QuantType(np.dtype(np.int8), -128, 127, symmetric=True)
 INT8_WEIGHT = QuantType(np.dtype(np.int8), -127, 127, symmetric=True)
-INT8_WEIGHT_7_BIT = QuantType(np.dtype(np.int8), -64, 64, symmetric=True)
-"""Two products of a uint8 and such a weight still fit 16 bits: 2 * 255 * 64 = 32640. See `targets.ort_cpu`."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,27 @@ def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> Qu
     return QuantParams(np.asarray(scale), np.asarray(zero_point, quant_type.dtype), quant_type)
 
 
-def params_of_weight(weight: Array, axis: int | None, quant_type: QuantType) -> QuantParams:
+def params_of_weight(
+    weight: Array, axis: int | None, quant_type: QuantType, *, pairs_fit_16_bits: bool = False
+) -> QuantParams:
     """Symmetric parameters of a weight: per tensor, or one scale for each index of `axis`.
 
     scale[c] = max |weight[c]| / qmax. A channel of zeros gets scale 1: any would do, and no division by zero follows.
+
+    Args:
+        weight: any shape.
+        axis: of the channels; None: one scale.
+        quant_type: of the stored weight.
+        pairs_fit_16_bits: for kernels that add two products of a uint8 and an int8 in 16 bits. Whatever two weights
+            of a channel meet, their stored sum then stays within 128, and 255 * 128 < 2**15: scale[c] is at least
+            the sum of the two largest weights of one sign over 127 (rounding adds at most half a step to each).
     """
-    magnitude = np.abs(weight.astype(np.float64))
-    others = None if axis is None else tuple(other for other in range(weight.ndim) if other != axis)
-    largest = np.asarray(magnitude.max(axis=others, initial=0.0))
-    scale = np.where(largest > 0, np.maximum(largest / quant_type.maximum, SMALLEST_SCALE), 1.0)
-    return QuantParams(scale.astype(np.float32), np.zeros(scale.shape, quant_type.dtype), quant_type, axis=axis)
+    channels = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    channels = channels.astype(np.float64)
+    bound = np.abs(channels).max(axis=1, initial=0.0) / quant_type.maximum
+    if pairs_fit_16_bits and channels.shape[1] > 1:
+        lowest, highest = np.partition(channels, 1, axis=1)[:, :2], np.partition(channels, -2, axis=1)[:, -2:]
+        bound = np.maximum(bound, np.maximum(-lowest.sum(axis=1), highest.sum(axis=1)) / _LARGEST_PAIR)
+    scale = np.where(bound > 0, np.maximum(bound, SMALLEST_SCALE), 1.0).astype(np.float32)
+    scale = scale.reshape(()) if axis is None else scale
+    return QuantParams(scale, np.zeros(scale.shape, quant_type.dtype), quant_type, axis=axis)

@@ -34,7 +34,7 @@ from graphopt.graph import (
 from graphopt.opset import raise_opset
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.placement import Edge, Placement, node_label, place
-from graphopt.quantization import INT8_WEIGHT, INT8_WEIGHT_7_BIT, QuantParams, params_of_range, params_of_weight
+from graphopt.quantization import QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
 from graphopt.shapes import infer_shapes
 from graphopt.targets import Target
@@ -61,7 +61,9 @@ class InsertQdq(Pass):
         default=(), metadata={"help": "names of nodes that stay float (* and ? are wildcards)"}
     )
     exclude_ops: tuple[str, ...] = field(default=(), metadata={"help": "operator types that stay float"})
-    reduce_range: Switch = field(default=Switch.AUTO, metadata={"help": "weights in 7 bits, for x86 CPUs without VNNI"})
+    reduce_range: Switch = field(
+        default=Switch.AUTO, metadata={"help": "weights whose int8 sums cannot saturate, for x86 without VNNI"}
+    )
     int8_weights: Switch = field(
         default=Switch.AUTO, metadata={"help": "store weights as int8 behind a DQ, not as float behind Q and DQ"}
     )
@@ -95,8 +97,7 @@ class InsertQdq(Pass):
 
     def _options_on(self, target: Target) -> Target:
         if self.reduce_range is not Switch.AUTO:
-            weight = INT8_WEIGHT_7_BIT if self.reduce_range is Switch.ON else INT8_WEIGHT
-            target = replace(target, weight=weight)
+            target = replace(target, saturates=self.reduce_range is Switch.ON)
         if self.int8_weights is not Switch.AUTO:
             target = replace(target, stores_int8_weights=self.int8_weights is Switch.ON)
         return target
@@ -211,7 +212,9 @@ class _Insertion:
         weight = edge.tensor
         values = constant_of(weight)
         assert values is not None
-        return self._constant_pair(weight, params_of_weight(values, axis, self.target.weight))
+        fits = self.target.saturates and not _is_depthwise(edge.node)
+        params = params_of_weight(values, axis, self.target.weight, pairs_fit_16_bits=fits)
+        return self._constant_pair(weight, params)
 
     def _operand(self, edge: Edge) -> gs.Variable:
         """A constant that meets activations: quantized as they are, over its own range."""
@@ -242,3 +245,8 @@ class _Insertion:
     ) -> None:
         name = self.names.fresh(f"{about.name}_{op}")
         self.new_nodes.append(gs.Node(op, name, attributes, inputs, [output]))
+
+
+def _is_depthwise(node: gs.Node) -> bool:
+    """Whether each output channel of a Conv reads one input channel of several: kernels of their own sum those."""
+    return node.op == "Conv" and node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1

@@ -115,9 +115,17 @@ def test_onnxruntime_runs_every_conv_in_int8():
 
 
 @pytest.mark.parametrize("switch", [Switch.ON, Switch.OFF])
-def test_reduce_range_decides_how_many_bits_weights_use(switch):
+def test_reduce_range_decides_whether_two_weights_may_saturate(switch):
     proto, _ = quantized(model_of(CONV_RELU_CONV), reduce_range=switch)
-    assert np.abs(initializers(proto)["w_quantized"]).max() == (64 if switch is Switch.ON else 127)
+    channels = np.sort(initializers(proto)["w_quantized"].astype(int).reshape(16, -1), axis=1)
+    largest = max(channels[:, -2:].sum(axis=1).max(), -channels[:, :2].sum(axis=1).min())
+    assert (largest * 255 < 2**15) == (switch is Switch.ON)
+
+
+def test_depthwise_weights_keep_their_bits_on_a_cpu_that_saturates():
+    depthwise = CONV_RELU_CONV.replace("pads=[1,1,1,1]", "pads=[1,1,1,1], group=16").replace("16,16,3,3", "16,1,3,3")
+    proto, _ = quantized(model_of(depthwise), reduce_range=Switch.ON)
+    assert (np.abs(initializers(proto)["w_quantized"].astype(int)).reshape(16, -1).max(axis=1) == 127).all()
 
 
 def test_excluded_nodes_stay_float():

@@ -9,7 +9,6 @@ from graphopt.quantization import (
     INT8,
     INT8_SYMMETRIC,
     INT8_WEIGHT,
-    INT8_WEIGHT_7_BIT,
     UINT8,
     params_of_range,
     params_of_weight,
@@ -69,15 +68,14 @@ def test_values_outside_the_range_are_clamped():
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1, 3])
-@pytest.mark.parametrize("quant_type", [INT8_WEIGHT, INT8_WEIGHT_7_BIT])
-def test_a_weight_has_one_scale_for_each_index_of_its_axis(axis, quant_type):
+def test_a_weight_has_one_scale_for_each_index_of_its_axis(axis):
     weight = np.random.default_rng(0).standard_normal((4, 3, 2, 5)).astype(np.float32)
-    params = params_of_weight(weight, axis, quant_type)
+    params = params_of_weight(weight, axis, INT8_WEIGHT)
     assert params.scale.shape == (() if axis is None else (weight.shape[axis],))
     stored = params.quantize(weight)
     assert stored.dtype == np.int8
     others = None if axis is None else tuple(other for other in range(4) if other != axis)
-    assert (np.abs(stored).max(axis=others) == quant_type.maximum).all()
+    assert (np.abs(stored).max(axis=others) == 127).all()
 
 
 def test_a_channel_of_zeros_divides_by_nothing():
@@ -92,5 +90,20 @@ def test_an_empty_weight_has_parameters():
     assert params_of_weight(np.zeros((0, 3), np.float32), None, INT8_WEIGHT).scale == 1
 
 
-def test_seven_bit_weights_cannot_saturate_sixteen_bits():
-    assert 2 * UINT8.maximum * INT8_WEIGHT_7_BIT.maximum <= np.iinfo(np.int16).max
+@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 0, 1]), st.booleans())
+def test_no_pair_of_weights_saturates_16_bits_when_that_is_asked(seed, axis, heavy_tailed):
+    rng = np.random.default_rng(seed)
+    shape = (rng.integers(1, 5), rng.integers(1, 40))
+    weight = (rng.standard_t(2, shape) if heavy_tailed else rng.uniform(-1, 1, shape)).astype(np.float32)
+    params = params_of_weight(weight, axis, INT8_WEIGHT, pairs_fit_16_bits=True)
+    stored = params.quantize(weight).astype(int)
+    channels = stored.reshape(1, -1) if axis is None else np.moveaxis(stored, axis, 0).reshape(shape[axis], -1)
+    for channel in np.sort(channels, axis=1):
+        assert 255 * channel[-2:].sum() < 2**15
+        assert 255 * channel[:2].sum() >= -(2**15)
+
+
+def test_a_channel_with_one_large_weight_keeps_its_bits():
+    weight = np.array([[1.0, -0.9, 0.0], [1.0, 0.9, 0.0]], np.float32)
+    params = params_of_weight(weight, 0, INT8_WEIGHT, pairs_fit_16_bits=True)
+    assert np.abs(params.quantize(weight)).max(axis=1).tolist() == [127, 67]

@@ -1,6 +1,7 @@
 """The real models that `models/fetch.py` brings, for tests marked `zoo`."""
 
 import os
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -8,25 +9,10 @@ import pytest
 
 from graphopt.runtime import Session
 
-NAMES = (
-    "blazeface_front",
-    "captcha_crnn",
-    "eeg_seizure_lstm",
-    "espcn_nn_resize_x2",
-    "magika_standard_v3_3",
-    "mtcnn_onet",
-    "oww_embedding_model",
-    "oww_hey_jarvis",
-    "oww_melspectrogram",
-    "ppocr_cls_mobile_v2",
-    "ppocrv4_det",
-    "ppocrv4_rec",
-    "silero_vad_fw_seq",
-    "silero_vad_v6",
-    "waifu2x_upconv7_x2",
-    "yolov8n_doclaynet",
-)
+_LIST = Path(__file__).resolve().parent.parent / "models" / "zoo.toml"
+NAMES = tuple(sorted(tomllib.loads(_LIST.read_text(encoding="utf-8"))["models"]))
 _SHAPES = {  # where the model does not state a size that it can run with
+    "all_minilm_l6_v2": dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (2, 9)),
     "oww_melspectrogram": {"input": (1, 1280)},
     "ppocr_cls_mobile_v2": {"x": (2, 3, 48, 192)},
     "ppocrv4_det": {"x": (1, 3, 96, 96)},
@@ -35,17 +21,27 @@ _SHAPES = {  # where the model does not state a size that it can run with
     "silero_vad_fw_seq": {"input": (4, 576)},
     "waifu2x_upconv7_x2": {"input": (1, 3, 32, 32)},
 }
+_INTEGERS = {"attention_mask": 2, "token_type_ids": 2}  # how many values such an input may have, if not 200
 
 
 def zoo_model(name: str) -> Path:
     """The file of a model; the test is skipped where it is not there."""
+    return _present(Path("models", f"{name}.onnx"), "fetch.py")
+
+
+def zoo_feeds(name: str, half: str) -> Path:
+    """The folder with a model's real feeds for "calibration" or "evaluation"; the test is skipped where it is not there."""
+    return _present(Path("feeds", name, half), "feeds.py")
+
+
+def _present(path: Path, script: str) -> Path:
     folder = os.environ.get("GRAPHOPT_ZOO")
     if not folder:
         pytest.skip("GRAPHOPT_ZOO is not set to the folder that models/fetch.py filled")
-    path = Path(folder, "models", f"{name}.onnx")
-    if not path.is_file():
-        pytest.skip(f"there is no {path}")
-    return path
+    found = Path(folder, path)
+    if not found.exists():
+        pytest.skip(f"there is no {found}: run models/{script} {path.parts[1].removesuffix('.onnx')}")
+    return found
 
 
 def zoo_feed(name: str, session: Session, seed: int = 0) -> dict[str, np.ndarray]:
@@ -60,5 +56,5 @@ def zoo_feed(name: str, session: Session, seed: int = 0) -> dict[str, np.ndarray
         elif spec.dtype.kind == "f":
             feed[spec.name] = random.random(shape).astype(spec.dtype)
         else:
-            feed[spec.name] = random.integers(0, 200, shape).astype(spec.dtype)
+            feed[spec.name] = random.integers(0, _INTEGERS.get(spec.name, 200), shape).astype(spec.dtype)
     return feed

@@ -4,8 +4,9 @@ Read in the source of onnxruntime 1.31 (core/optimizer/qdq_transformer) and conf
 the optimized operators (tests/test_targets.py). A group is fused when every input comes from a DequantizeLinear, every
 output goes to one QuantizeLinear and is no graph output, and scales are constant.
 
-Activations are uint8 and weights int8: the only combination with fast kernels on VNNI. On x86 without VNNI the kernel
-adds two products of a uint8 and an int8 in 16 bits and saturates; weights are then kept to 7 bits, which cannot.
+Activations are uint8 and weights int8: the only combination with fast kernels on VNNI. On x86 without VNNI those
+kernels add two products of a uint8 and an int8 in 16 bits and saturate, which ruins results in silence; there, scales
+of weights are chosen so that no two can. That costs up to one bit, and weights of a VNNI machine must not be used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from graphopt.quantization import INT8, INT8_WEIGHT, INT8_WEIGHT_7_BIT, UINT8
+from graphopt.quantization import INT8, INT8_WEIGHT, UINT8
 from graphopt.targets.target import Role, Rule, Target
 
 _JOINS = Rule(role=Role.JOINS)
@@ -60,17 +61,15 @@ ORT_ARM = replace(
 )
 
 
-_SEVEN_BITS = (
-    "this CPU has no VNNI: weights use 7 bits so that int8 sums cannot saturate "
-    "(qdq:reduce_range=off for 8 bits, on machines with VNNI)"
-)
-
-
 def ort_cpu_of_this_machine() -> Target:
-    """`ORT_CPU`, with 7-bit weights where this machine is known to lack VNNI (and so to saturate)."""
-    if cpu_has_vnni() is not False:
-        return ORT_CPU
-    return replace(ORT_CPU, weight=INT8_WEIGHT_7_BIT, notes=(_SEVEN_BITS,))
+    """`ORT_CPU`, with weights that cannot saturate where this machine is known to lack VNNI."""
+    return ORT_CPU if cpu_has_vnni() is not False else replace(ORT_CPU, saturates=True, notes=(_NO_VNNI,))
+
+
+_NO_VNNI = (
+    "this CPU has no VNNI: weights give up to one bit so that int8 sums cannot saturate "
+    "(qdq:reduce_range=off for machines with VNNI)"
+)
 
 
 def cpu_has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:

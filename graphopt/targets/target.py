@@ -56,6 +56,8 @@ class Target:
             tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
         residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
         stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
+        saturates: its kernels add two products of a uint8 and an int8 in 16 bits, so weights must keep such sums small;
+            depthwise kernels do not.
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
         notes: what the report should say about a model for this target.
@@ -71,5 +73,6 @@ class Target:
     quantizes_outputs: bool = True
     residual_adds: bool = False
     stores_int8_weights: bool = True
+    saturates: bool = False
     runs_here: bool = False
     notes: tuple[str, ...] = ()
