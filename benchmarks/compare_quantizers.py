@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.compare import compare_sessions
-from graphopt.data import Samples, load_samples
+from graphopt.data import load_samples
 from graphopt.errors import GraphoptError
+from graphopt.feeds import Samples
 from graphopt.runtime import measure_latency, open_session
 
 ROOT = Path(__file__).resolve().parent.parent

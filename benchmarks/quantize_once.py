@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graphopt.data import Feed, load_samples
+from graphopt.data import load_samples
+from graphopt.feeds import Feed
 from graphopt.runtime import open_session
 
 Measured = dict[str, Any]

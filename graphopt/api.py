@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graphopt.checking import Check, check_models
-from graphopt.data import DataSource, load_samples
+from graphopt.data import DataSource, load_samples, refuse_limit
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.made_up import made_up_samples
-from graphopt.model_io import Source, load_model
+from graphopt.model_io import Model, Source, load_model, refuse_target
 from graphopt.pass_base import Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, registry
@@ -21,6 +21,11 @@ from graphopt.targets import target_named
 
 CHECK_SAMPLES = 64
 """Samples that the check at the end of `optimize` uses; `check` uses all that it is given."""
+
+_UNCALIBRATED = (
+    "no --data: activations were calibrated on made-up inputs, so their ranges and the figures below say little about "
+    "real ones"
+)
 
 
 def optimize(
@@ -52,39 +57,31 @@ def optimize(
         GraphoptError: the model, the data or the request is wrong.
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
-    calibrates = any(isinstance(item, Calibrate) for item in pipeline)
+    manager = PassManager(pipeline, verify=verify)
     context = Context(target=target_named(target), progress=progress)
+    float_model = load_model(model)
+    ranges_file = Path(ranges) if isinstance(ranges, str | Path) else None
     if isinstance(ranges, Ranges):
         context.ranges = ranges
-    elif ranges is not None and not calibrates:
-        context.ranges = Ranges.load(Path(ranges))
-    float_model = load_model(model)
-    session = open_session(float_model)
+    elif ranges_file is not None and calibrates(pipeline):
+        refuse_target(ranges_file, overwrite=True, protect=float_model.files)
+    elif ranges_file is not None:
+        context.ranges = Ranges.load(ranges_file)
+    refuse_limit(samples)
     if data is not None:
-        context.samples = load_samples(data, session.inputs, limit=samples)
-    manager = PassManager(pipeline, verify=verify)
+        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
     result = manager.run(float_model, context, failure_folder=failure_folder)
-    if data is None and calibrates:
-        result.report.warnings.insert(
-            0,
-            "no --data: activations were calibrated on made-up inputs, so their ranges and the figures below say "
-            "little about real ones",
-        )
-    if context.samples is not None:
-        result.report.warnings.extend(context.samples.notes)
-    if calibrates and context.ranges is not None and isinstance(ranges, str | Path):
-        context.ranges.save(Path(ranges))
+    if ranges_file is not None and calibrates(pipeline) and context.ranges is not None:
+        context.ranges.save(ranges_file)
     if verify and _changed_outputs(pipeline, result):
-        chosen = context.samples or made_up_samples(session, seed=context.seed)
-        result.report.check = check_models(
-            float_model,
-            result.optimized,
-            load_samples(chosen, session.inputs, limit=CHECK_SAMPLES),
-            exact=not context.target.runs_here,
-            measure=context.target.runs_here,
-            progress=progress,
-        )
+        result.report.check = _final_check(float_model, result, context)
+    result.report.warnings[:0] = _data_warnings(pipeline, context, result.report.check)
     return result
+
+
+def calibrates(pipeline: Sequence[Pass]) -> bool:
+    """Whether a pipeline finds ranges itself, and so writes a ranges file instead of reading it."""
+    return any(isinstance(item, Calibrate) for item in pipeline)
 
 
 def check(
@@ -112,6 +109,7 @@ def check(
     Raises:
         GraphoptError: a model cannot be read, or they do not fit each other or the data.
     """
+    refuse_limit(samples)
     float_model, judged = load_model(reference), load_model(other)
     session = open_session(float_model)
     chosen = made_up_samples(session) if data is None else data
@@ -126,6 +124,30 @@ def inspect(model: Source) -> Inspection:
         ModelError: the model cannot be read.
     """
     return inspect_model(load_model(model))
+
+
+def _final_check(float_model: Model, result: Result, context: Context) -> Check:
+    samples = context.samples or made_up_samples(open_session(float_model), seed=context.seed)
+    return check_models(
+        float_model,
+        result.optimized,
+        samples.first(CHECK_SAMPLES),
+        exact=not context.target.runs_here,
+        measure=context.target.runs_here,
+        progress=context.progress,
+    )
+
+
+def _data_warnings(pipeline: Sequence[Pass], context: Context, made: Check | None) -> list[str]:
+    """What a user must know of the data that ranges and figures come from."""
+    if context.samples is None and calibrates(pipeline):
+        return [_UNCALIBRATED]
+    warnings = [] if context.samples is None else list(context.samples.notes)
+    if context.ranges is not None and context.ranges.synthetic:
+        warnings.append("the ranges were found on made-up inputs: calibrate again with --data")
+    if context.samples is None and made is not None:
+        warnings.append("no --data: the result was compared with the float model on made-up inputs")
+    return warnings
 
 
 def _changed_outputs(pipeline: Sequence[Pass], result: Result) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graphopt.compare import Comparison, compare_sessions
-from graphopt.data import Samples
+from graphopt.feeds import Samples
 from graphopt.graph import present
 from graphopt.model_io import Model
 from graphopt.progress import Progress, silent

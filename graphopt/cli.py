@@ -7,23 +7,28 @@ failed or a pass was rolled back; 2 the request or the input is wrong, in one li
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
 
-from graphopt.api import check, inspect, optimize
+from graphopt.api import calibrates, check, inspect, optimize
+from graphopt.data import data_file
 from graphopt.errors import GraphoptError, OutputError
-from graphopt.model_io import refuse_target
+from graphopt.model_io import load_model, refuse_target
 from graphopt.passes import registry
+from graphopt.pipeline import parse_pipeline
 from graphopt.progress import Progress
 from graphopt.report.console import print_check, print_inspection, print_passes, print_report
 from graphopt.report.records import plain_values
@@ -36,30 +41,49 @@ OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parsed = _parser().parse_args(arguments)
-    errors = Console(stderr=True, highlight=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
+    errors = _Console(stderr=True, highlight=False)
     try:
         command: Callable[[argparse.Namespace, Console, Console], int] = parsed.command
-        return command(parsed, Console(highlight=False), errors)
+        return command(parsed, _Console(highlight=False), errors)
     except GraphoptError as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True)
         return WRONG
     except BrokenPipeError:  # the reader of stdout went away: `graphopt passes | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on exit
         return OK
     except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written")
+        errors.print("interrupted: no file is left half written")
         return INTERRUPTED
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the exit code to `main`: rich would exit with 1."""
+        raise BrokenPipeError
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())
+
+
 def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
-    model = Path(arguments.model)
-    output = Path(arguments.output) if arguments.output else model.with_suffix(".opt.onnx")
+    pipeline = parse_pipeline(arguments.passes, registry())
+    path = Path(arguments.model)
+    output = path.with_suffix(".opt.onnx") if arguments.output is None else Path(arguments.output)
     report_path = _report_path(arguments.report)
-    refuse_target(output, overwrite=arguments.overwrite, protect=(model,))
+    outputs = {"-o": output, "--report": report_path}
+    if calibrates(pipeline):
+        outputs["--ranges"] = None if arguments.ranges is None else Path(arguments.ranges)
+    model = load_model(path)
+    data_files = () if arguments.data is None else (data_file(arguments.data),)
+    _refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *data_files))
     with _progress(errors) as progress:
         result = optimize(
             model,
-            arguments.passes,
+            pipeline,
             data=arguments.data,
             samples=arguments.samples,
             target=arguments.target,
@@ -120,6 +144,22 @@ def _passes(arguments: argparse.Namespace, console: Console, errors: Console) ->
     return OK
 
 
+def _refuse_outputs(outputs: Mapping[str, Path | None], *, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse what cannot be written, before the long work; `outputs` are the files by the flag that names them.
+
+    Raises:
+        OutputError: a file cannot be written, or two flags name the same one.
+    """
+    flags: dict[str, str] = {}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        refuse_target(path, overwrite=overwrite, protect=inputs)
+        other = flags.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise OutputError(f"{other} and {flag} both name {path}: give each a file of its own")
+
+
 def _report_path(text: str | None) -> Path | None:
     """Where the report goes.
 
@@ -153,10 +193,36 @@ def _progress(errors: Console) -> Iterator[Progress]:
         yield show
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all others of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit."""
+        self.exit(WRONG, f"error: {message}; see {self.prog} --help\n")
+
+
+def _decibels(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError
+    return value
+
+
+_decibels.__name__ = "number of dB"  # argparse names the type when it refuses a value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+_share.__name__ = "share from 0 to 1"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="graphopt", description="Compiler passes for ONNX: fold, calibrate, quantize, check."
-    )
+    parser = _Parser(prog="graphopt", description="Compiler passes for ONNX: fold, calibrate, quantize, check.")
     parser.add_argument("--version", action="version", version=f"graphopt {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -174,14 +240,16 @@ def _parser() -> argparse.ArgumentParser:
     optimizing.add_argument("--report", metavar="FILE.json", help="write what happened as JSON")
     optimizing.add_argument("--json", action="store_true", help="print what happened as JSON on stdout")
     optimizing.add_argument("--no-verify", action="store_true", help="skip the checks after each pass and at the end")
-    optimizing.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    optimizing.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     checking = _command(commands, "check", _check, "compare a model with its float original")
     checking.add_argument("float", metavar="FLOAT", help="the reference")
     checking.add_argument("other", metavar="OTHER", help="the model to judge")
     _add_data_arguments(checking)
-    checking.add_argument("--min-sqnr", type=float, metavar="DB", help="exit with 1 if an output is under it")
-    checking.add_argument("--min-agreement", type=float, metavar="F", help="exit with 1 if top-1 agreement is under it")
+    checking.add_argument("--min-sqnr", type=_decibels, metavar="DB", help="exit with 1 if an output is under it")
+    checking.add_argument(
+        "--min-agreement", type=_share, metavar="F", help="exit with 1 if top-1 agreement, from 0 to 1, is under it"
+    )
     checking.add_argument("--layers", action="store_true", help="compare every tensor that both compute")
     checking.add_argument(
         "--exact",

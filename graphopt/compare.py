@@ -26,11 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.data import Feed, Samples
 from graphopt.errors import DataError, ModelError
-from graphopt.feeds import Array, fitting_feed
+from graphopt.feeds import Array, Feed, Samples, fitting_feed
 from graphopt.progress import Progress, silent, track
-from graphopt.runtime import Session
+from graphopt.runtime import Session, arrays_in
 
 _CHUNK = 1 << 20  # elements that are in float64 at a time
 
@@ -127,8 +126,7 @@ def compare_sessions(
         other: may take its inputs in another dtype (cast as `data` does) and may have further outputs.
         samples: feeds that fit the reference.
         outputs: the tensors to compare, in this order; None: all outputs of the reference. Tensors inside the
-        models
-            are outputs of sessions opened with `extra_outputs`. For one feed at a time, all are in memory
+            models are outputs of sessions opened with `extra_outputs`. For one feed at a time, all are in memory
             twice.
         progress: told after each feed.
 
@@ -145,7 +143,7 @@ def compare_sessions(
     for feed in track(samples, progress, "comparing", samples.count):
         expected, actual = reference.run(feed, names), other.run(_feed_for(other, feed), names)
         for name in names:
-            sums[name].add(expected[name], actual[name])
+            sums[name].add_all(arrays_in(expected[name]), arrays_in(actual[name]))
         count += 1
     if count == 0:
         raise DataError(f"{samples.description}: no samples to compare the models on")
@@ -174,8 +172,22 @@ class _Sums:
         self.nonfinite_reference = self.nonfinite_new = 0
         self.agreeing = self.decisions = 0
 
+    def add_all(self, expected: Sequence[Array], actual: Sequence[Array]) -> None:
+        """Take in one feed's arrays: one of a tensor, one for each element of a sequence.
+
+        Raises:
+            ModelError: they differ in number, shape, or kind.
+
+        """
+        if len(expected) != len(actual):
+            raise ModelError(
+                f"'{self.name}' holds {len(expected)} arrays in the reference and {len(actual)} in the other model"
+            )
+        for one, other in zip(expected, actual, strict=True):
+            self.add(one, other)
+
     def add(self, expected: Array, actual: Array) -> None:
-        """Take in one feed's pair of arrays.
+        """Take in a pair of arrays.
 
         Raises:
             ModelError: they differ in shape, or one holds strings and the other numbers.

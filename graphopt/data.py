@@ -12,9 +12,6 @@ from graphopt.errors import DataError
 from graphopt.feed_sources import RawFeed, Source, npz_file, npz_folder, onnx_test_data
 from graphopt.feeds import Array, Feed, InputSpec, Samples, fitting_feed
 from graphopt.python_sources import function_in_file, python_object
-from graphopt.synthetic import synthetic_samples
-
-__all__ = ["DataReader", "DataSource", "Feed", "InputSpec", "Samples", "load_samples", "synthetic_samples"]
 
 
 class DataReader(Protocol):
@@ -55,8 +52,7 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
         too.
 
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"the number of samples must be at least 1, not {limit}")
+    refuse_limit(limit)
     found = _source(source, inputs, limit)
     first = next(found.start(), None)
     if first is None:
@@ -82,6 +78,17 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
     )
 
 
+def refuse_limit(limit: int | None) -> None:
+    """Refuse a number of samples that leaves none.
+
+    Raises:
+        DataError: it is less than 1.
+
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"the number of samples must be at least 1, not {limit}")
+
+
 def _source(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) -> Source:
     if isinstance(source, (str, Path)):
         return _source_at(str(source), inputs)
@@ -96,6 +103,8 @@ def _source(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) 
 
 
 def _source_at(text: str, inputs: Sequence[InputSpec]) -> Source:
+    if not text:
+        raise DataError(f"the data's path is empty: give {_KINDS}")
     python = re.fullmatch(r"(.+\.py)(?::(\w+))?", text)
     path = Path(python[1] if python else text)
     if not path.exists():
@@ -109,6 +118,12 @@ def _source_at(text: str, inputs: Sequence[InputSpec]) -> Source:
     if path.suffix == ".npz":
         return npz_file(path, inputs)
     raise DataError(f"{path}: not a kind of data that graphopt reads: give {_KINDS}")
+
+
+def data_file(text: str) -> Path:
+    """Return the file or folder that `--data` names, without the function in it."""
+    python = re.fullmatch(r"(.+\.py):\w+", text)
+    return Path(python[1] if python else text)
 
 
 def _source_in_folder(folder: Path, inputs: Sequence[InputSpec]) -> Source:

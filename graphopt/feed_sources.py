@@ -7,6 +7,7 @@ views.
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
 import zlib
@@ -127,17 +128,25 @@ def npz_folder(folder: Path, inputs: Sequence[InputSpec]) -> Source:
     return Source(lambda: (_read_npz(path, inputs) for path in paths), str(folder), len(paths))
 
 
+_UNREADABLE = (  # what NumPy and zipfile raise on damaged files
+    *(OSError, EOFError, MemoryError, OverflowError, RuntimeError, ValueError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+)
+
+
 def _read_npz(path: Path, inputs: Sequence[InputSpec]) -> RawFeed:
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: a single array, not an .npz: write it with np.savez, named after the input")
-        with file:
-            wanted = required(inputs, file, str(path))
-            arrays = {spec.name: _read_array(file, spec.name, path) for spec in wanted}
-            return RawFeed(str(path), arrays, tuple(name for name in file if name not in arrays))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as .npz: {error}") from error
+        with path.open("rb") as opened:  # NumPy leaves a damaged file open that it opened itself
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: a single array, not an .npz: write it with np.savez, named after the input")
+            with file:
+                wanted = required(inputs, file, str(path))
+                arrays = {spec.name: _read_array(file, spec.name, path) for spec in wanted}
+                return RawFeed(str(path), arrays, tuple(name for name in file if name not in arrays))
+    except _UNREADABLE as error:
+        why = "it is damaged or another kind of file" if "pickle" in str(error) else error
+        raise DataError(f"{path}: cannot be read as .npz: {why}") from error
 
 
 def _read_array(file: Any, name: str, path: Path) -> Array:
@@ -170,7 +179,7 @@ def _read_test_set(folder: Path, inputs: Sequence[InputSpec]) -> RawFeed:
         try:
             tensor = onnx.TensorProto.FromString(path.read_bytes())
             array = onnx.numpy_helper.to_array(tensor)
-        except (OSError, DecodeError, TypeError, ValueError) as error:
+        except (OSError, DecodeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as an ONNX TensorProto: {error}") from error
         by_order = names[_number(path)] if _number(path) < len(names) else tensor.name
         arrays[tensor.name if tensor.name in names else by_order] = array

@@ -8,7 +8,8 @@ may stand for 0..255, 0..1 or something normalized.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,11 @@ class Samples:
 
     def __iter__(self) -> Iterator[Feed]:
         return self.start()
+
+    def first(self, limit: int) -> Samples:
+        """Return the same without the feeds after the first `limit`."""
+        count = self.count if self.count is None else min(self.count, limit)
+        return replace(self, start=lambda: islice(self.start(), limit), count=count)
 
 
 def fixed_size(dimension: Dimension) -> int | None:

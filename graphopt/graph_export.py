@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import Message
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx_graphsurgeon.util.misc import convert_to_onnx_attr_type
 
@@ -261,10 +262,14 @@ def _entry(tensor: gs.Tensor, loaded: dict[str, TensorEntry]) -> ValueInfoProto:
         return entry.proto
     proto = ValueInfoProto() if entry is None else without(entry.proto, "type")
     proto.name = tensor.name
-    if tensor.dtype is None:
+    kind = getattr(tensor, "type", "tensor_type")
+    if not tensor.dtype:  # unknown, or 0: graphsurgeon has no dtype for a sequence of maps
+        return proto
+    if isinstance(tensor.dtype, Message):  # graphsurgeon keeps what an optional holds, and what it does not know
+        if kind == "optional_type":
+            proto.type.CopyFrom(helper.make_optional_type_proto(tensor.dtype))
         return proto
     dtype = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    kind = getattr(tensor, "type", "tensor_type")
     if kind == "sequence_type":
         proto.type.CopyFrom(helper.make_sequence_type_proto(helper.make_tensor_type_proto(dtype, shape)))
     elif kind == "sparse_tensor_type":

@@ -13,7 +13,7 @@ from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 from graphopt.errors import ModelError
 from graphopt.frame import Frame, note_entries, take_frame
 from graphopt.graph import all_graphs
-from graphopt.protobuf import without
+from graphopt.protobuf import broken_texts, without
 from graphopt.stored_values import StoredTensor, stored_values
 
 _INDEX = "graphopt.index"  # marks the stand-in of a weight with its place among the initializers
@@ -26,9 +26,11 @@ def import_model(proto: onnx.ModelProto, folder: Path | None, *, owned: bool) ->
     apart; any other is left as it is, but the graph keeps reading its initializers.
 
     Raises:
-        ModelError: a file of weights is missing, or graphsurgeon cannot read the model.
+        ModelError: a file of weights is missing, a name is no text, or graphsurgeon cannot read the model.
 
     """
+    if (broken := next(broken_texts(proto), None)) is not None:
+        raise ModelError(f"the name {broken!r:.80} is not UTF-8: the model is damaged; export or download it again")
     weights = list(proto.graph.initializer)
     if owned:
         shell = proto

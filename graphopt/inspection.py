@@ -15,7 +15,7 @@ from graphopt.graph import all_graphs, bodies, is_constant, present
 from graphopt.macs import count_macs
 from graphopt.model_io import Model
 from graphopt.node_order import sorted_nodes
-from graphopt.sizes import at_assumed_sizes, nbytes, numpy_dtype
+from graphopt.sizes import at_assumed_sizes, is_typed_tensor, nbytes, numpy_dtype
 from graphopt.stored_values import StoredTensor, stored_bytes
 
 
@@ -32,7 +32,7 @@ class Interface:
     """An input or output as declared; None stands for a size or a shape that the model does not tell."""
 
     name: str
-    dtype: str
+    dtype: str  # of a tensor; else what it is: sequence, optional
     shape: tuple[int | str | None, ...] | None
 
 
@@ -200,11 +200,17 @@ def _qualified(node: gs.Node) -> str:
 
 def _interface(tensor: gs.Tensor) -> Interface:
     shape = None if tensor.shape is None else tuple(tensor.shape)
-    return Interface(tensor.name, _dtype_name(tensor.dtype), shape)
+    return Interface(tensor.name, _type_name(tensor), shape)
+
+
+def _type_name(tensor: gs.Tensor) -> str:
+    """Return the dtype of a tensor, or what else a value is: `sequence_type` becomes "sequence"."""
+    if is_typed_tensor(tensor):
+        return _dtype_name(tensor.dtype)
+    kind = str(getattr(tensor, "type", "tensor_type")).removesuffix("_type")
+    return "unknown" if kind == "tensor" else kind.replace("_", " ")
 
 
 def _dtype_name(dtype: Any) -> str:
-    if dtype is None:
-        return "unknown"
     found: np.dtype[Any] = numpy_dtype(dtype)
     return "string" if found.kind in "OUS" else found.name

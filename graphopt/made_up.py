@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from graphopt.data import Feed, Samples, synthetic_samples
-from graphopt.errors import GraphoptError
+from graphopt.errors import DataError, GraphoptError
+from graphopt.feeds import Feed, Samples
 from graphopt.runtime import Session
+from graphopt.synthetic import synthetic_samples
 
 SAMPLES = 32
 
 
 def made_up_samples(session: Session, *, count: int = SAMPLES, seed: int = 0) -> Samples:
-    """Seeded feeds for a session, of the first choice of open sizes that it runs on; see `synthetic_samples`."""
+    """Seeded feeds for a session, of the first choice of open sizes that it runs on; see `synthetic_samples`.
+
+    Raises:
+        DataError: it runs on none of them.
+    """
+    reasons: list[str] = []
 
     def runs(feed: Feed) -> bool:
         try:
             session.run(feed)
-        except GraphoptError:
+        except GraphoptError as error:
+            reasons.append(str(error))
             return False
         return True
 
-    return synthetic_samples(session.inputs, count=count, seed=seed, runnable=runs)
+    try:
+        return synthetic_samples(session.inputs, count=count, seed=seed, runnable=runs)
+    except DataError as error:
+        raise DataError(f"{error}; {reasons[0]}" if reasons else str(error)) from error

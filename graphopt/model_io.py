@@ -27,24 +27,8 @@ from graphopt.graph import all_graphs
 from graphopt.graph_copy import copy_graph
 from graphopt.graph_export import export_model
 from graphopt.graph_import import import_model, without_weights
-from graphopt.opset import raise_opset
 from graphopt.protobuf import without
-from graphopt.shapes import hollow, infer_shapes
 from graphopt.stored_values import VALUE_FIELDS, StoredTensor, stored_bytes, tensor_proto
-
-__all__ = [
-    "Model",
-    "Source",
-    "fits_one_file",
-    "hollow",
-    "infer_shapes",
-    "load_model",
-    "raise_opset",
-    "refuse_target",
-    "save_model",
-]
-
-Source: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; what is left of 2 GiB is room for the graph's own growth
 _BESIDE_THRESHOLD = 1024  # bytes; a smaller weight stays in the model file, as with onnx.save_model
@@ -61,21 +45,24 @@ class Model:
         graph: the graph; passes change it in place.
         frame: metadata, doc strings and the rest; see `graphopt.frame`.
         path: the file it was loaded from, None for a ModelProto or a graph.
+        files: all files it was loaded from, those with weights included; none of them is ever written.
 
     """
 
-    graph: gs.Graph
-    frame: Frame = field(default_factory=Frame)
+    graph: gs.Graph = field(repr=False)
+    frame: Frame = field(default_factory=Frame, repr=False)
     path: Path | None = None
+    files: tuple[Path, ...] = ()
 
     def copy(self) -> Model:
         """Return a clone that shares the weights, which are never written in place, and nothing else."""
-        return Model(copy_graph(self.graph), self.frame.copy(), self.path)
+        return Model(copy_graph(self.graph), self.frame.copy(), self.path, self.files)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all distinct weights, those of branches, bodies and functions included."""
-        values = {id(constant._values): constant._values for constant in _all_constants(self.graph)}
+        """Bytes of all distinct weights, those of branches, bodies and functions and default values included."""
+        constants = (*_all_constants(self.graph), *self.frame.defaults.values())
+        values = {id(constant._values): constant._values for constant in constants}
         return sum(each.nbytes for each in values.values())
 
     def to_proto(self) -> onnx.ModelProto:
@@ -88,8 +75,11 @@ class Model:
         return export_model(self.graph, self.frame)
 
 
+Source: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph | Model
+
+
 def load_model(source: Source) -> Model:
-    """Load a model.
+    """Load a model; one that is loaded already is returned itself.
 
     Weights are read when a pass asks for them; those in files beside the model are mapped. A ModelProto is
     not copied as far as weights go and must stay as it is while the Model is used; a `gs.Graph` becomes the
@@ -101,6 +91,8 @@ def load_model(source: Source) -> Model:
         ModelError: the file is missing, is no ONNX model, is damaged, or lacks a file of weights beside it.
 
     """
+    if isinstance(source, Model):
+        return source
     if isinstance(source, gs.Graph):
         return Model(source)
     if isinstance(source, onnx.ModelProto):
@@ -111,7 +103,7 @@ def load_model(source: Source) -> Model:
         graph, frame = import_model(proto, path.parent, owned=True)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    return Model(graph, frame, path)
+    return Model(graph, frame, path, (path, *_weight_files(graph, frame)))
 
 
 def _read_proto(path: Path) -> onnx.ModelProto:
@@ -169,8 +161,7 @@ def save_model(
     target = Path(path)
     protected = [Path(each) for each in protect]
     if isinstance(model, Model):
-        protected += [model.path] if model.path else []
-        protected += _files_of(model.graph)
+        protected += [*model.files, *_weight_files(model.graph, model.frame)]
     refuse_target(target, overwrite=overwrite, protect=protected)
     if fits_one_file(model):
         proto = model.to_proto() if isinstance(model, Model) else model
@@ -195,23 +186,30 @@ def refuse_target(target: Path, *, overwrite: bool = False, protect: Collection[
     """Refuse to write where an input is, or where any file is unless `overwrite`: before work starts, too.
 
     Raises:
-        OutputError: `target` is one of `protect`, or exists; or there is no folder for it.
+        OutputError: `target` is one of `protect`, or exists, or is no regular file; or there is no folder for
+            it that may be written to.
 
     """
-    if not target.parent.is_dir():
-        raise OutputError(f"cannot write {target}: there is no folder {target.parent}; create it first")
+    # what gets written is what a link points to
+    folder = Path(os.path.realpath(target)).parent if target.is_symlink() else target.parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {target}: there is no folder {folder}; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {target}: the folder {folder} cannot be written to")
     if not target.exists():
         return
     if any(Path(each).exists() and target.samefile(each) for each in protect):
         raise OutputError(f"cannot write {target}: it is an input; give the output another name")
     if target.is_dir():
         raise OutputError(f"cannot write {target}: it is a folder; give the name of a file in it")
+    if not target.is_file():
+        raise OutputError(f"cannot write {target}: it is not a regular file")
     if not overwrite:
         raise OutputError(f"cannot write {target}: it exists already; give another name or --overwrite")
 
 
-def _files_of(graph: gs.Graph) -> list[Path]:
-    values = (constant._values for constant in _all_constants(graph))
+def _weight_files(graph: gs.Graph, frame: Frame) -> list[Path]:
+    values = (constant._values for constant in (*_all_constants(graph), *frame.defaults.values()))
     return list({each.file: None for each in values if isinstance(each, StoredTensor) and each.file})
 
 

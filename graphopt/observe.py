@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.data import Feed, Samples
 from graphopt.errors import DataError, GraphoptError
+from graphopt.feeds import Feed, Samples
 from graphopt.graph import Array, all_graphs, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
@@ -153,7 +153,7 @@ def _run(session: Session, feed: Feed, tensors: Sequence[str], number: int) -> d
     if not tensors:
         return {}
     try:
-        return session.run(feed, tensors)
+        return session.run_without_copies(feed, tensors)
     except GraphoptError as error:
         raise DataError(f"the model does not run on sample {number} (counted from 0): {error}") from error
 

@@ -19,9 +19,7 @@ from graphopt.errors import ModelError
 from graphopt.graph import Names, all_graphs, bodies, constant_of, disconnect, is_constant, present
 from graphopt.graph_export import node_proto, opset_imports, value_info_proto
 from graphopt.protobuf import without
-from graphopt.shapes import forget_unknown_sizes, hollow, infer_shapes
-
-__all__ = ["hollow", "infer_shapes", "raise_opset"]
+from graphopt.shapes import forget_unknown_sizes, infer_shapes
 
 _MAY_BE_SHAPES = {TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64}  # types of axes, sizes and scales
 _LARGEST_SHOWN = 64  # elements of a constant that the converter gets to see; axes, sizes and scales have fewer

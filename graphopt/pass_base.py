@@ -16,7 +16,8 @@ from typing import ClassVar, NamedTuple
 
 import onnx_graphsurgeon as gs
 
-from graphopt.data import Samples
+from graphopt.feeds import Samples
+from graphopt.frame import Frame
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.targets import Target, target_named
@@ -41,7 +42,8 @@ class Skip(NamedTuple):
 class PassResult:
     """What one run of a pass did.
 
-    `rewrites` counts the changes made to the graph; `parts` splits them by kind (for a group: by member pass).
+    `rewrites` counts the changes made to the graph, and 0 means that it is as it was: the manager keeps a graph only
+    when there are some. `parts` splits them by kind (for a group: by member pass).
     """
 
     rewrites: int = 0
@@ -57,9 +59,14 @@ class Context:
     target: Target = field(default_factory=lambda: target_named("ort-cpu"))
     samples: Samples | None = None  # calibration data; None: synthetic inputs
     ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
-    defaults: Mapping[str, gs.Constant] = field(default_factory=dict)  # of graph inputs that a caller may override
+    frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
     progress: Progress = silent
     seed: int = 0
+
+    @property
+    def defaults(self) -> Mapping[str, gs.Constant]:
+        """The default values of graph inputs that a caller may override, by input name."""
+        return self.frame.defaults
 
 
 class Pass(ABC):

@@ -2,28 +2,29 @@
 
 The model is cloned before each pass (weights are shared, never copied), so a pass that fails costs nothing: the clone
 is dropped, the run goes on with the graph from before, and the record of the pass says why. Where a failure folder was
-asked for, that graph, its inputs and a command line that fails in the same way are written there.
+asked for, that graph, its inputs and a command line that fails in the same way are written there. The clone of a pass
+that counts no rewrites is dropped too: nothing that was not verified gets into the result.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import onnx
+from onnx import numpy_helper
 
-from graphopt.data import Feed
-from graphopt.errors import GraphoptError, ModelError
+from graphopt.errors import DataError, GraphoptError, ModelError, PipelineError
+from graphopt.feeds import Feed
 from graphopt.files import write_text_atomically
 from graphopt.graph import all_graphs
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, save_model
-from graphopt.pass_base import Context, Pass, PassResult
+from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.pipeline import format_pass, format_pipeline
 from graphopt.report.records import PassRecord, Report
 from graphopt.runtime import open_session
@@ -31,6 +32,7 @@ from graphopt.verification import Verdict, examine, judge
 from graphopt.version import VERSION
 
 VERIFICATION_FEEDS = 2
+_SEE_SKIPPED = ": the places that it left alone, and why, are in the report"
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,25 @@ class Result:
         return self.optimized.to_proto()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the new model; never over the file it came from, and never a part of it.
+        """Write the new model; never over a file it came from, and never a part of it.
 
         Raises:
             OutputError: the file exists and `overwrite` is false, or it cannot be written.
         """
-        source = self.optimized.path
-        save_model(self.optimized, path, overwrite=overwrite, protect=() if source is None else (source,))
+        save_model(self.optimized, path, overwrite=overwrite)
 
 
 class PassManager:
     """Runs a list of passes over a model."""
 
     def __init__(self, passes: Sequence[Pass], *, verify: bool = True) -> None:
+        for item in passes:
+            if not isinstance(item, Pass):
+                raise PipelineError(f"{item!r} is no pass: give instances, such as Fold(), or a pipeline text")
         self.passes = tuple(passes)
         self.verify = verify
 
-    def run(
-        self, source: Source | Model, context: Context | None = None, *, failure_folder: Path | None = None
-    ) -> Result:
+    def run(self, source: Source, context: Context | None = None, *, failure_folder: Path | None = None) -> Result:
         """Run the passes over a clone of `source`.
 
         Args:
@@ -75,23 +77,26 @@ class PassManager:
         Raises:
             GraphoptError: the model cannot be read or run, or a pass cannot honour its options.
         """
-        model = source if isinstance(source, Model) else load_model(source)
+        original = model = load_model(source)
         context = context or Context()
-        context.defaults = model.frame.defaults
         report = self._new_report(model, context)
         feeds, before = self._examine_input(model, context, report)
         for number, item in enumerate(self.passes):
-            context.progress(f"pass {item.name}", number, len(self.passes))
-            candidate, record, after = self._run_one(item, model, context, feeds, before)
+            context.progress(f"pass {item.name}", 0, 1)
+            previous = model
+            try:
+                model, record, before = self._run_one(item, previous, context, feeds, before)
+            except GraphoptError as error:
+                raise _with_earlier_failure(error, report) from error
+            context.progress(f"pass {item.name}", 1, 1)
             report.passes.append(record)
-            if record.failure is None:
-                model, before = candidate, after
-            elif failure_folder is not None:
+            if item.effect is Effect.LOSSY and not record.rewrites and record.failure is None:
+                report.warnings.append(f"pass {item.name} changed nothing" + (_SEE_SKIPPED if record.skipped else ""))
+            if record.failure is not None and failure_folder is not None:
                 folder = failure_folder / f"{number}-{item.name}"
-                _write_failure(folder, model, item, context, feeds, record.failure)
-                report.warnings.append(f"pass {item.name} was rolled back; {folder} reproduces its failure")
-        context.progress("passes", len(self.passes), len(self.passes))
-        return Result(model, report)
+                written = _write_failure(folder, previous, item, context, feeds, record.failure)
+                report.warnings.append(f"pass {item.name} was rolled back; {written}")
+        return Result(model.copy() if model is original else model, report)
 
     def _new_report(self, model: Model, context: Context) -> Report:
         report = Report(
@@ -115,19 +120,19 @@ class PassManager:
         """The feeds to verify with, and the verdict on the model as it came in."""
         if not self.verify:
             return [], None
-        session = open_session(model)
+        try:
+            session = open_session(model)
+        except ModelError as error:
+            raise ModelError(f"{error}; --no-verify runs passes that need no onnxruntime") from error
+        feeds: list[Feed] = []
         if context.samples is not None:
             feeds = list(islice(context.samples, VERIFICATION_FEEDS))
-            verdict = examine(model, feeds)
         else:
-            feeds = list(made_up_samples(session, count=VERIFICATION_FEEDS, seed=context.seed))
             try:
-                verdict = examine(model, feeds)
-            except ModelError as error:
-                report.warnings.append(
-                    f"outputs are not verified: the model does not run on made-up inputs ({error}); give --data"
-                )
-                feeds, verdict = [], examine(model, [])
+                feeds = list(made_up_samples(session, count=VERIFICATION_FEEDS, seed=context.seed))
+            except DataError as error:
+                report.warnings.append(f"outputs are not verified: {error}")
+        verdict = examine(model, feeds, session)
         if verdict.refusal:
             report.warnings.append(
                 f"the model as it came in is refused ({verdict.refusal}), but onnxruntime runs it: "
@@ -138,8 +143,9 @@ class PassManager:
     def _run_one(
         self, item: Pass, model: Model, context: Context, feeds: Sequence[Feed], before: Verdict | None
     ) -> tuple[Model, PassRecord, Verdict | None]:
-        """Apply one pass to a clone and verify it; the record says whether the clone may be used."""
+        """Apply one pass to a clone; return the clone, or the model itself where the clone is not to be used."""
         candidate = model.copy()
+        context.frame = candidate.frame
         start = time.perf_counter()
         failure: str | None = None
         result = PassResult()
@@ -155,11 +161,12 @@ class PassManager:
             raise
         except Exception as error:  # a bug of the pass: name it, keep the model from before it
             failure = f"the pass crashed: {type(error).__name__}: {error}\n{traceback.format_exc()}"
-        final = model if failure else candidate
+        is_kept = result.rewrites > 0 and failure is None
+        final = candidate if is_kept else model
         record = PassRecord(
             text=format_pass(item),
             effect=item.effect.value,
-            rewrites=0 if failure else result.rewrites,
+            rewrites=result.rewrites if is_kept else 0,
             nodes=node_count(final),
             nbytes=final.nbytes,
             seconds=time.perf_counter() - start,
@@ -168,7 +175,15 @@ class PassManager:
             notes=result.notes,
             failure=failure,
         )
-        return candidate, record, after
+        return final, record, after if is_kept else before
+
+
+def _with_earlier_failure(error: GraphoptError, report: Report) -> GraphoptError:
+    """The error of a pass that misses what an earlier one, which was rolled back, would have left for it."""
+    failed = next((record for record in report.passes if record.failure), None)
+    if failed is None or failed.failure is None:
+        return error
+    return type(error)(f"{error}; before that, {failed.text} was rolled back: {failed.failure.splitlines()[0]}")
 
 
 def node_count(model: Model) -> int:
@@ -177,16 +192,31 @@ def node_count(model: Model) -> int:
 
 
 def _write_failure(
-    folder: Path, model: Model, item: Pass, context: Context, feeds: Iterable[Feed], failure: str
-) -> None:
-    """Write what reproduces a failure: the model before the pass, its inputs, its ranges and a command."""
-    (folder / "feeds").mkdir(parents=True, exist_ok=True)
-    save_model(model, folder / "before.onnx", overwrite=True)
+    folder: Path, model: Model, item: Pass, context: Context, feeds: Sequence[Feed], failure: str
+) -> str:
+    """Write what reproduces a failure: the model before the pass, its inputs, its ranges and a command.
+
+    Returns a clause that says so, or why it cannot be written: neither may end the run.
+    """
     command = f"graphopt optimize before.onnx --passes {format_pass(item)} --target {context.target.name}"
-    for number, feed in enumerate(feeds):
-        np.savez(folder / "feeds" / f"{number:05d}.npz", **feed)  # type: ignore[arg-type] # its stub mistypes **
-        command += "" if number else " --data feeds"
-    if context.ranges is not None:
-        context.ranges.save(folder / "ranges.json")
-        command += " --ranges ranges.json"
-    write_text_atomically(folder / "README.txt", f"{failure}\n\nTo see it again, in this folder:\n\n    {command}\n")
+    command += " --data feeds" if feeds else ""
+    command += " --ranges ranges.json" if context.ranges is not None else ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, folder / "before.onnx", overwrite=True)
+        for number, feed in enumerate(feeds):
+            _write_feed(folder / "feeds" / f"test_data_set_{number}", feed)
+        if context.ranges is not None:
+            context.ranges.save(folder / "ranges.json")
+        text = f"{failure}\n\nTo see it again, in this folder:\n\n    {command}\n"
+        write_text_atomically(folder / "README.txt", text)
+    except (OSError, GraphoptError) as error:
+        return f"what reproduces it could not be written to {folder}: {error}"
+    return f"{folder} reproduces its failure"
+
+
+def _write_feed(folder: Path, feed: Feed) -> None:
+    """Write a feed as ONNX test data, which takes any name and any type of an input."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (name, value) in enumerate(feed.items()):
+        (folder / f"input_{number}.pb").write_bytes(numpy_helper.from_array(value, name).SerializeToString())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from onnx import GraphProto
 
@@ -25,6 +26,17 @@ def without(message: Proto, *fields: str) -> Proto:
         else:
             setattr(copy, name, value)
     return copy
+
+
+def broken_texts(message: Message) -> Iterator[bytes]:
+    """Yield names and other texts, nested ones too, that are not UTF-8: damage that protobuf reads as bytes."""
+    for descriptor, value in message.ListFields():
+        if descriptor.type == FieldDescriptor.TYPE_MESSAGE:
+            for each in value if hasattr(value, "__len__") else (value,):
+                yield from broken_texts(each)
+        elif descriptor.type == FieldDescriptor.TYPE_STRING:
+            texts = (value,) if isinstance(value, str | bytes) else value
+            yield from (text for text in texts if isinstance(text, bytes))
 
 
 def all_graph_protos(graph: GraphProto) -> Iterator[GraphProto]:

@@ -79,13 +79,13 @@ def _blaming(path: Path) -> Iterator[None]:
     """Turn whatever the user's file raises into a DataError that names the file and the line."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = _line_in(str(path.absolute()), error)
         place = f"{path}, line {line}" if line is not None else str(path)
         raise DataError(f"{place}: {type(error).__name__}: {error}") from error
 
 
-def _line_in(file: str, error: Exception) -> int | None:
+def _line_in(file: str, error: BaseException) -> int | None:
     """Return the line of `file` that the error comes from or came through."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return error.lineno

@@ -99,13 +99,13 @@ class Ranges:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise DataError(f"cannot read ranges from {path}: {error.strerror or error}") from error
-        except ValueError as error:  # no JSON or no UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON or no UTF-8
             raise DataError(
                 f"{path} is no ranges file, or only a part of one: {error}; calibrate again to write it"
             ) from error
         try:
             return cls._from_json(content)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise DataError(
                 f"{path} is not a ranges file that can be used: {error}; calibrate again to write it"
             ) from error

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from graphopt.data import Feed, InputSpec
 from graphopt.errors import DataError, GraphoptError, ModelError
+from graphopt.feeds import Feed, InputSpec
 from graphopt.model_io import Model, fits_one_file, load_model
 from graphopt.protobuf import all_graph_protos, without
 from graphopt.weight_sharing import share_weights
@@ -55,20 +55,40 @@ class Session:
         self.inputs = tuple(map(_input_spec, session.get_inputs()))
         self.outputs = tuple(output.name for output in session.get_outputs())
 
-    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Run once and return the named outputs, by default all of them.
+
+        A tensor is an array; for what a sequence, a map and an optional are, see `arrays_in`.
 
         Raises:
             DataError: the feed lacks an input, or has one that the model does not have or take.
             ModelError: the model fails on it.
 
         """
+        names = self._names(feed, outputs)
+        results = _with_our_errors(lambda: self._session.run(names, feed), bad_argument=DataError)
+        return dict(zip(names, results, strict=True))
+
+    def run_without_copies(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run once; as `run`, but arrays are read-only views of onnxruntime's own memory, which lives as long as they.
+
+        `run` copies each output into fresh memory, which can take longer than the model where many are asked for.
+        """
+        names = self._names(feed, outputs)
+
+        def values() -> list[Any]:
+            inputs = {
+                name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()
+            }
+            return [_view(value) for value in self._session.run_with_ort_values(names, inputs)]
+
+        return dict(zip(names, _with_our_errors(values, bad_argument=DataError), strict=True))
+
+    def _names(self, feed: Feed, outputs: Sequence[str] | None) -> list[str]:
         missing = [spec.name for spec in self.inputs if spec.name not in feed]
         if missing:
             raise DataError(f"the feed has no {missing[0]!r}, which the model needs; it has {sorted(feed)}")
-        names = list(self.outputs if outputs is None else outputs)
-        results = _with_our_errors(lambda: self._session.run(names, feed), bad_argument=DataError)
-        return dict(zip(names, results, strict=True))
+        return list(self.outputs if outputs is None else outputs)
 
 
 def open_session(
@@ -77,7 +97,6 @@ def open_session(
     threads: int = 0,
     optimize: bool = True,
     extra_outputs: Sequence[str] = (),
-    saturation_free: bool = False,
 ) -> Session:
     """Open a session on the CPU.
 
@@ -87,17 +106,27 @@ def open_session(
         threads: how many threads one operator may use; 0 leaves that to onnxruntime.
         optimize: whether onnxruntime may rewrite the graph, at its highest level.
         extra_outputs: tensors of the main graph to return as outputs too.
-        saturation_free: exact products of uint8 and int8, at some cost, on CPUs where onnxruntime's fast ones
-            saturate (x86-64 without VNNI).
 
     Raises:
         ModelError: onnxruntime refuses the model, or it has no tensor of a name in `extra_outputs`.
 
     """
-    options = _options(threads, optimize)
-    if saturation_free:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return _open(model, options, extra_outputs)
+    return _open(model, _options(threads, optimize), extra_outputs)
+
+
+def arrays_in(output: Any) -> list[Array]:
+    """Return the arrays that an output holds, whatever its ONNX type.
+
+    A tensor holds itself, a sequence what its elements hold, a map its keys and its values, an optional its
+    value or nothing.
+    """
+    if output is None:
+        return []
+    if isinstance(output, Mapping):
+        return [np.asarray(list(output)), np.asarray(list(output.values()))]
+    if isinstance(output, list):
+        return [array for element in output for array in arrays_in(element)]
+    return [np.asarray(output)]
 
 
 def optimized_ops(model: Runnable) -> Counter[str]:
@@ -195,10 +224,20 @@ def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
             graph.output.add(name=name)
 
 
+_VIEWED_TYPES = {"tensor(float)", "tensor(double)", "tensor(float16)"}
+
+
+def _view(value: ort.OrtValue) -> Any:
+    """A float tensor without a copy, anything else as onnxruntime converts it; None where there is no value."""
+    if not value.has_value():
+        return None
+    return np.from_dlpack(value) if value.data_type() in _VIEWED_TYPES else value.numpy()
+
+
 def _input_spec(argument: ort.NodeArg) -> InputSpec:
     match = re.fullmatch(r"tensor\((\w+)\)", argument.type)
     if match is None:
-        raise ModelError(f"input {argument.name!r} is a {argument.type}; only tensors can be fed")
+        raise ModelError(f"input {argument.name!r} is of the type {argument.type}; only tensors can be fed")
     return InputSpec(argument.name, _dtype(match[1]), tuple(argument.shape))
 
 

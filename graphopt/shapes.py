@@ -19,6 +19,7 @@ from onnx import (
 )
 from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype
 
+from graphopt.errors import ModelError
 from graphopt.frame import Frame, gs_graphs, proto_graphs
 from graphopt.graph_export import export_model
 from graphopt.protobuf import all_graph_protos, without
@@ -55,13 +56,16 @@ def infer_shapes(graph: gs.Graph) -> None:
     another size. Inputs and stated outputs of the main graph stay as they are.
 
     Raises:
-        ModelError: the graph has a cycle, or a value that ONNX cannot express.
+        ModelError: the graph has a cycle, a value that ONNX cannot express, or a node that no operator fits.
 
     """
     proto = hollow(export_model(graph, Frame(), _header))
     forget_unknown_sizes(proto.graph)
     symbols = {size.dim_param for size in _sizes(proto.graph)}
-    inferred = shape_inference.infer_shapes(proto, data_prop=True)
+    try:
+        inferred = shape_inference.infer_shapes(proto, data_prop=True)
+    except shape_inference.InferenceError as error:  # even without strict mode, of a node with too few inputs
+        raise ModelError(f"ONNX shape inference: {' '.join(str(error).split())}") from error
     entries = {
         key: {value.name: value for value in (*each.input, *each.output, *each.value_info)}
         for key, each in proto_graphs(inferred.graph)

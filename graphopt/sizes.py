@@ -38,7 +38,7 @@ def at_assumed_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> tuple[g
     specs = [
         InputSpec(each.name, numpy_dtype(each.dtype), tuple(each.shape))
         for each in graph.inputs
-        if each.shape is not None and each.dtype is not None and each.name not in defaults
+        if each.shape is not None and is_typed_tensor(each) and each.name not in defaults
     ]
     candidates = [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidate_shapes(specs)]
     best = _sized(graph, candidates[0])
@@ -107,9 +107,14 @@ def fixed_shape(tensor: gs.Tensor) -> Shape | None:
 def nbytes(tensor: gs.Tensor) -> int | None:
     """Return the bytes that a tensor takes while the model runs; None where shape or dtype is unknown."""
     shape = fixed_shape(tensor)
-    if shape is None or tensor.dtype is None:
+    if shape is None or not is_typed_tensor(tensor):
         return None
     return math.prod(shape) * numpy_dtype(tensor.dtype).itemsize
+
+
+def is_typed_tensor(tensor: gs.Tensor) -> bool:
+    """Whether a value is a tensor of known dtype: no sequence, no map, no optional."""
+    return bool(tensor.dtype) and getattr(tensor, "type", "tensor_type") == "tensor_type"  # 0 is ONNX's "undefined"
 
 
 def numpy_dtype(dtype: Any) -> np.dtype[Any]:

@@ -51,17 +51,28 @@ class StoredTensor(LazyValues):  # type: ignore[misc]  # graphsurgeon ships no t
     def __init__(self, tensor: TensorProto, folder: Path | None = None) -> None:
         self.tensor = tensor
         self.shape = list(tensor.dims)
-        self.dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        self.dtype = _dtype_of(tensor)
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
         self.file, self._offset = _location(tensor, folder)
 
     def load(self) -> Array:
-        """Return the values; those of a file are mapped, not read, unless their type is packed."""
+        """Return the values; those of a file are mapped, not read, unless their type is packed.
+
+        Raises:
+            ModelError: the model does not hold as many values as the shape asks for.
+
+        """
         if self.file is None:
-            return numpy_helper.to_array(self.tensor)
+            return self._held_values()
         if self.tensor.data_type in _BITS or self.nbytes == 0:
             return numpy_helper.to_array(self.inline())
         return np.memmap(self.file, self.dtype, "r", self._offset, tuple(self.shape))
+
+    def _held_values(self) -> Array:
+        try:
+            return numpy_helper.to_array(self.tensor)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"weight {self.tensor.name!r} is damaged: {error}; export the model again") from error
 
     def inline(self) -> TensorProto:
         """Return a copy of the tensor that holds its values itself."""
@@ -177,6 +188,15 @@ def _from_array(constant: gs.Constant) -> TensorProto:
     return numpy_helper.from_array(array)
 
 
+def _dtype_of(tensor: TensorProto) -> np.dtype[Any]:
+    try:
+        return helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except KeyError as error:
+        raise ModelError(
+            f"weight {tensor.name!r} has the type {tensor.data_type}, which onnx {onnx.__version__} does not know"
+        ) from error
+
+
 def _location(tensor: TensorProto, folder: Path | None) -> tuple[Path | None, int]:
     if tensor.data_location != TensorProto.EXTERNAL:
         return None, 0
@@ -192,4 +212,7 @@ def _location(tensor: TensorProto, folder: Path | None) -> tuple[Path | None, in
             f"weight {tensor.name!r} is kept in {name!r}, outside the model's folder; "
             "move the file beside the model and save the model again with a plain file name"
         )
-    return folder / name, int(entries.get("offset", 0))
+    offset = entries.get("offset", "0")
+    if not offset.isdecimal():
+        raise ModelError(f"weight {tensor.name!r} is kept in {name!r} at {offset!r}, which is no place in a file")
+    return folder / name, int(offset)

@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from graphopt.data import Feed
-from graphopt.errors import GraphoptError
+from graphopt.feeds import Feed
 from graphopt.model_io import Model
 from graphopt.pass_base import Effect
-from graphopt.runtime import open_session
+from graphopt.runtime import Array, Session, arrays_in, open_session
 from graphopt.shapes import hollow
 
-Outputs = list[dict[str, NDArray[Any]]]  # by sample, by output name
+Outputs = list[dict[str, Any]]  # by sample, by output name; what a session returns
 
 # Largest difference, relative to the largest magnitude in the output. float32 rounds at 6e-8 an operation, and
 # some hundred operations with sums over some thousand products lie between input and output.
@@ -46,16 +44,17 @@ class Verdict:
         return self.checker or self.shapes
 
 
-def examine(model: Model, feeds: Sequence[Feed]) -> Verdict:
-    """Check a model and run it on some feeds.
+def examine(model: Model, feeds: Sequence[Feed], session: Session | None = None) -> Verdict:
+    """Check a model and run it on some feeds, in a session that is open already or in one of its own.
 
     Raises:
         ModelError: onnxruntime does not load or run it.
     """
     proto = model.to_proto()
-    session = open_session(proto)
+    session = session or open_session(proto)
     outputs = [session.run(feed) for feed in feeds]
-    return Verdict(_checker_objection(proto), _shape_objection(proto), outputs)
+    shell = hollow(proto)
+    return Verdict(_checker_objection(shell), _shape_objection(shell), outputs)
 
 
 def judge(before: Verdict, after: Verdict, effect: Effect) -> str | None:
@@ -66,14 +65,21 @@ def judge(before: Verdict, after: Verdict, effect: Effect) -> str | None:
         return f"strict shape inference refuses the result: {after.shapes}"
     for number, (expected, found) in enumerate(zip(before.outputs, after.outputs, strict=True)):
         for name, value in expected.items():
-            if (reason := _difference(value, found.get(name), effect)) is not None:
+            if name not in found:
+                return f"output '{name}' is gone"
+            if (reason := _difference(arrays_in(value), arrays_in(found[name]), effect)) is not None:
                 return f"output '{name}' of sample {number} {reason}"
     return None
 
 
-def _difference(expected: Any, found: Any, effect: Effect) -> str | None:
-    if found is None:
-        return "is gone"
+def _difference(expected: Sequence[Array], found: Sequence[Array], effect: Effect) -> str | None:
+    if len(expected) != len(found):
+        return f"held {len(expected)} arrays and holds {len(found)}"
+    reasons = (_array_difference(one, other, effect) for one, other in zip(expected, found, strict=True))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _array_difference(expected: Array, found: Array, effect: Effect) -> str | None:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return f"was {expected.dtype} {expected.shape} and is {found.dtype} {found.shape}"
     if expected.size == 0 or expected.dtype.kind not in "fiub":
@@ -96,18 +102,18 @@ def _difference(expected: Any, found: Any, effect: Effect) -> str | None:
     return None
 
 
-def _checker_objection(proto: onnx.ModelProto) -> str | None:
+def _checker_objection(shell: onnx.ModelProto) -> str | None:
     try:
-        onnx.checker.check_model(hollow(proto))
-    except (onnx.checker.ValidationError, GraphoptError) as error:
+        onnx.checker.check_model(shell)
+    except onnx.checker.ValidationError as error:
         return _first_line(error)
     return None
 
 
-def _shape_objection(proto: onnx.ModelProto) -> str | None:
+def _shape_objection(shell: onnx.ModelProto) -> str | None:
     try:
-        onnx.shape_inference.infer_shapes(hollow(proto), check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.shape_inference.InferenceError, GraphoptError) as error:
+        onnx.shape_inference.infer_shapes(shell, check_type=True, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
         return _first_line(error)
     return None
 

@@ -51,7 +51,7 @@ def registry() -> dict[str, type[Pass]]:
     """Every pass by its name: graphopt's own, then those of installed packages.
 
     Raises:
-        PipelineError: a package's pass cannot be imported, is no `Pass`, or takes a name that is taken.
+        PipelineError: a package's pass cannot be imported, is no `Pass`, has another name, or one that is taken.
     """
     table = {kind.name: kind for kind in _OWN}
     for entry in entry_points(group="graphopt.passes"):
@@ -61,6 +61,8 @@ def registry() -> dict[str, type[Pass]]:
             raise PipelineError(f"pass '{entry.name}' ({entry.value}) cannot be imported: {error}") from error
         if not (isinstance(kind, type) and issubclass(kind, Pass)):
             raise PipelineError(f"pass '{entry.name}' ({entry.value}) is no graphopt.Pass")
+        if getattr(kind, "name", None) != entry.name:
+            raise PipelineError(f"pass '{entry.name}' ({entry.value}) must have that name: name = '{entry.name}'")
         if entry.name in table:
             raise PipelineError(f"pass '{entry.name}' ({entry.value}) takes a name that is taken")
         table[entry.name] = kind

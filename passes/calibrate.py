@@ -14,12 +14,13 @@ import onnx_graphsurgeon as gs
 from graphopt.errors import PipelineError
 from graphopt.histogram import Extremes, Histogram
 from graphopt.made_up import made_up_samples
-from graphopt.model_io import infer_shapes, load_model
+from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.placement import place
 from graphopt.ranges import Ranges, TensorRange
 from graphopt.runtime import open_session
+from graphopt.shapes import infer_shapes
 from graphopt.thresholds import Method, choose_range
 
 DEFAULT_METHOD = Method.MSE
@@ -52,8 +53,7 @@ class Calibrate(Pass):
                 NaN or an infinity.
             ModelError: onnxruntime cannot load the graph.
         """
-        model = load_model(graph)
-        model.frame.defaults.update(context.defaults)
+        model = Model(graph, context.frame)
         infer_shapes(graph)
         tensors = place(graph, context.target).observed
         samples = context.samples

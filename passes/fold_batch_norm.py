@@ -42,8 +42,8 @@ from graphopt.graph import (
     producer,
     set_output,
 )
-from graphopt.model_io import infer_shapes
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.shapes import infer_shapes
 
 _DEFAULT_EPSILON = 1e-5  # of the operator page
 _PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4

@@ -44,9 +44,9 @@ from graphopt.graph import (
     set_input,
 )
 from graphopt.inline_branch import inline_branches
-from graphopt.model_io import infer_shapes
 from graphopt.partial_values import PartialValue, partial_values, static_shape
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.shapes import infer_shapes
 
 _RANDOM = {
     "Bernoulli",

@@ -79,10 +79,14 @@ class InsertQdq(Pass):
             raise PipelineError("qdq needs ranges: put calibrate before it, or give a ranges file (--ranges FILE)")
         if quantized := [node for node in graph.nodes if node.op == "QuantizeLinear"]:
             raise PipelineError(f"the model is quantized already ({len(quantized)} QuantizeLinear nodes)")
-        note = raise_opset(graph, _PER_CHANNEL_OPSET)
         infer_shapes(graph)
         target = self._options_on(context.target)
         placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
+        if not placement.nodes:
+            return PassResult(skipped=placement.skipped)
+        if (note := raise_opset(graph, _PER_CHANNEL_OPSET)) is not None:  # some nodes are others now
+            infer_shapes(graph)
+            placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
         _Insertion(graph, target, placement, ranges).run()
         return PassResult(
             rewrites=len(placement.activations) + len(placement.weights) + len(placement.operands),
@@ -249,4 +253,4 @@ class _Insertion:
 
 def _is_depthwise(node: gs.Node) -> bool:
     """Whether each output channel of a Conv reads one input channel of several: kernels of their own sum those."""
-    return node.op == "Conv" and node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1
+    return node.op == "Conv" and bool(node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1)

@@ -31,9 +31,9 @@ from graphopt.graph import (
     replace_uses,
     set_output,
 )
-from graphopt.model_io import infer_shapes
 from graphopt.partial_values import dtype_of, known_dimensions
 from graphopt.pass_base import Context, Effect, Pass, PassResult
+from graphopt.shapes import infer_shapes
 
 _TO_THE_END = 2**31 - 1  # exporters write this, or more, as the end of a Slice that takes the rest
 

@@ -46,7 +46,7 @@ def apply_and_compare(
     before = build(model, constants) if isinstance(model, str) else model
     original = before.SerializeToString()
     loaded = load_model(before)
-    context = Context(defaults=loaded.frame.defaults)
+    context = Context(frame=loaded.frame)
     result = PassResult()
     for each in passes:
         result = each.apply(loaded.graph, context)

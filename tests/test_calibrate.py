@@ -2,8 +2,8 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from graphopt.data import Samples
 from graphopt.errors import DataError, PipelineError
+from graphopt.feeds import Samples
 from graphopt.graph import all_graphs
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context, Effect
@@ -168,10 +168,28 @@ def test_inputs_with_a_default_value_need_no_sample():
             { shifted = Add (x, shift)  y = Gemm (shifted, w) }
         """)
     )
-    context = context_with(target="ort-cpu", defaults=model.frame.defaults)
+    context = context_with(target="ort-cpu", frame=model.frame)
     Calibrate(method=Method.MINMAX).apply(model.graph, context)
     assert context.ranges.tensors["shifted"].maximum == 102
 
 
 def test_the_default_method_is_one_of_the_methods():
     assert Calibrate().method is DEFAULT_METHOD
+
+
+def test_what_graphsurgeon_cannot_hold_is_there_when_the_model_runs():
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 2] x) => (float[N, 2] y) { a = MatMul (x, w)  y = Relu (a) }"""
+    )
+    values = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [2], [1.0, 3.0])
+    places = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [0, 3])
+    sparse = onnx.helper.make_sparse_tensor(values, places, [2, 2])
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["w"], sparse_value=sparse))
+    proto.graph.node.append(onnx.parser.parse_node("z = Gemm (y, k)"))
+    proto.graph.output[0].name = "z"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(2, dtype=np.float32), "k"))
+    model = load_model(proto)
+    context = context_with(target="ort-cpu", frame=model.frame)
+    Calibrate(method=Method.MINMAX).apply(model.graph, context)
+    assert context.ranges.tensors["y"].maximum == 6  # relu of [1, 2] by diag(1, 3)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
-from graphopt.cli import FAILED, OK, WRONG, main
+from graphopt.cli import FAILED, INTERRUPTED, OK, WRONG, main
+from graphopt.passes import Calibrate
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 DATA = MODELS / "fashion_mnist_calibration.npz"
@@ -140,16 +142,46 @@ def _broken(name):
         (["net.onnx", "--passes", "fold", "--data", "shapes.npz"], ["(4, 3, 28, 28)", "[N, 1, 28, 28]"]),
         (["net.onnx", "--passes", "fold", "--data", "types.npz"], ["uint8", "scale it yourself"]),
         (["net.onnx", "--passes", "fold", "--samples", "0", "--data", "types.npz"], ["at least 1"]),
+        (["net.onnx", "--passes", "fold", "--samples", "-3"], ["at least 1", "-3"]),
+        (["net.onnx", "--passes", "fold", "--data", ""], ["path is empty", ".npz"]),
+        (["net.onnx", "--passes", "fold", "--data", "fake.npz"], ["fake.npz", "another kind of file"]),
+        (["net.onnx", "--passes", "fold", "--data", "feeds.py:leave"], ["feeds.py, line 2", "SystemExit"]),
+        (["net.onnx", "--passes", "fold", "--data", "feeds.py:two_lines"], ["feeds.py, line 4", "one two"]),
+        (["net.onnx", "--passes", "fold", "-o", ""], ["it is a folder"]),
+        (["net.onnx", "--passes", "fold", "-o", "/dev/null", "--overwrite"], ["not a regular file"]),
+        (["net.onnx", "--passes", "fold", "-o", "names.npz", "--data", "names.npz", "--overwrite"], ["is an input"]),
+        (
+            ["net.onnx", "--passes", "fold", "-o", "feeds.py", "--data", "feeds.py:leave", "--overwrite"],
+            ["is an input"],
+        ),
+        (["net.onnx", "--passes", "fold", "-o", "link.onnx", "--overwrite"], ["it is an input"]),
+        (["net.onnx", "--passes", "fold", "-o", "nowhere.onnx"], ["there is no folder", "gone; create it first"]),
+        (["net.onnx", "--passes", "fold", "--report", "no/such/r.json"], ["no/such", "create it first"]),
+        (["net.onnx", "--passes", "fold", "--report", "there.json"], ["there.json", "--overwrite"]),
+        (["net.onnx", "--passes", "fold", "--report", "a.json", "-o", "./a.json"], ["-o and --report", "a.json"]),
+        (["net.onnx", "--passes", "calibrate", "--ranges", "net.onnx", "--overwrite"], ["it is an input"]),
+        (["net.onnx", "--passes", "calibrate", "--ranges", "no/such/r.json"], ["no/such", "create it first"]),
+        (["net.onnx", "--passes", "calibrate", "--ranges", "."], ["it is a folder"]),
+        (["net.onnx", "--passes", "calibrate", "--ranges", "there.json"], ["there.json", "--overwrite"]),
+        (["net.onnx", "--passes", "calibrate", "--ranges", "r.json", "--report", "r.json"], ["--report and --ranges"]),
     ],
 )
-def test_a_mistake_is_one_clear_line_and_leaves_no_file(folder, capsys, arguments, words):
+def test_a_mistake_is_one_clear_line_and_leaves_no_file(folder, capsys, monkeypatch, arguments, words):
     if arguments[0] in ("text.onnx", "empty.onnx", "short.onnx"):
         _broken(arguments[0])
     Path("there.onnx").write_bytes(b"mine")
+    Path("there.json").write_bytes(b"mine")
+    Path("fake.npz").write_bytes(b"not a zip file")
+    Path("feeds.py").write_text(
+        "def leave():\n    raise SystemExit(0)\ndef two_lines():\n    raise OSError('one\\ntwo')\n"
+    )
+    Path("link.onnx").symlink_to("net.onnx")
+    Path("nowhere.onnx").symlink_to("gone/out.onnx")
     np.savez("names.npz", image=np.zeros((4, 1, 28, 28), np.float32))
     np.savez("shapes.npz", input=np.zeros((4, 3, 28, 28), np.float32))
     np.savez("types.npz", input=np.zeros((4, 1, 28, 28), np.uint8))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.exists()}
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of feeds.py
     assert main(["optimize", *arguments]) == WRONG
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -158,7 +190,7 @@ def test_a_mistake_is_one_clear_line_and_leaves_no_file(folder, capsys, argument
     assert "\n" not in message
     for word in words:
         assert word in message
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.exists()} == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(folder, capsys, monkeypatch):
@@ -199,3 +231,142 @@ def test_the_installed_command_runs_in_a_shell(folder):
     )
     assert (done.returncode, done.stdout) == (WRONG, "")
     assert done.stderr.strip() == "error: none.onnx: no such file"
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(folder, monkeypatch):
+    def work(self, graph, context):
+        raise AssertionError("calibrated first")
+
+    monkeypatch.setattr(Calibrate, "apply", work)
+    for flag in ("-o", "--report", "--ranges"):
+        assert main(["optimize", "net.onnx", "--passes", "calibrate", flag, "no/such/file.json"]) == WRONG
+
+
+def test_a_folder_that_is_read_only_is_refused_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr("graphopt.model_io.os.access", lambda path, mode: False)  # root may write everywhere
+    assert main(["optimize", "net.onnx", "--passes", "fold", "-o", "out.onnx"]) == WRONG
+    assert "the folder . cannot be written to" in capsys.readouterr().err
+
+
+def test_the_files_with_the_weights_of_the_input_are_never_written(folder, capsys):
+    onnx.save(onnx.load("net.onnx"), "big.onnx", save_as_external_data=True, location="big.bin", size_threshold=0)
+    before = Path("big.bin").read_bytes()
+    for flags in (["-o", "big.bin"], ["--ranges", "big.bin"]):
+        assert main(["optimize", "big.onnx", "--passes", "fold,calibrate", *flags, "--overwrite"]) == WRONG
+        assert "it is an input" in capsys.readouterr().err
+    assert Path("big.bin").read_bytes() == before
+
+
+@pytest.mark.parametrize("limit", [["--min-agreement", "2"], ["--min-agreement", "nan"], ["--min-sqnr", "nan"]])
+def test_a_limit_that_says_nothing_is_one_clear_line(folder, capsys, limit):
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "net.onnx", "net.onnx", *limit])
+    assert stopped.value.code == WRONG
+    message = capsys.readouterr().err.strip()
+    assert message.startswith(f"error: argument {limit[0]}: invalid")
+    assert "\n" not in message
+
+
+def test_a_command_that_is_missing_is_one_clear_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == WRONG
+    assert capsys.readouterr().err == "error: the following arguments are required: COMMAND; see graphopt --help\n"
+
+
+def test_an_interrupt_leaves_no_file(folder, capsys, monkeypatch):
+    Path("feeds.py").write_text(
+        "import numpy as np\n"
+        "def feeds():\n"
+        "    for number in range(99):\n"
+        "        if number == 5:\n"
+        "            raise KeyboardInterrupt\n"
+        "        yield {'input': np.zeros((1, 1, 28, 28), np.float32)}\n"
+    )
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    command = ["optimize", "net.onnx", "--passes", "fold,calibrate,qdq", "--data", "feeds.py:feeds"]
+    assert main([*command, "--ranges", "r.json", "--report", "report.json"]) == INTERRUPTED
+    assert files(folder) == ["feeds.py", "net.onnx"]
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "interrupted: no file is left half written\n")
+
+
+def test_json_stays_one_document_when_there_are_warnings(folder, capsys):
+    assert main(["optimize", "net.onnx", "--passes", "fold,calibrate,qdq", "--json"]) == OK
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["warnings"]
+    assert "warning:" in shown.err
+
+
+def test_ranges_from_made_up_inputs_stay_marked(folder, capsys):
+    assert main(["optimize", "net.onnx", "--passes", "calibrate", "--ranges", "r.json", "-o", "a.onnx"]) == OK
+    capsys.readouterr()
+    command = ["optimize", "net.onnx", "--passes", "qdq", "--ranges", "r.json", "--data", str(DATA), "--samples", "4"]
+    assert main([*command, "-o", "b.onnx"]) == OK
+    assert "the ranges were found on made-up inputs" in capsys.readouterr().err
+
+
+def test_a_result_that_was_compared_without_data_says_so(folder, capsys):
+    data = ["--data", str(DATA), "--samples", "4"]
+    assert main(["optimize", "net.onnx", "--passes", "calibrate", "--ranges", "r.json", "-o", "a.onnx", *data]) == OK
+    capsys.readouterr()
+    assert main(["optimize", "net.onnx", "--passes", "qdq", "--ranges", "r.json", "-o", "b.onnx"]) == OK
+    assert "compared with the float model on made-up inputs" in capsys.readouterr().err
+
+
+def test_names_are_shown_as_they_are(folder, capsys):
+    odd = Path("a [red]net[bold] é.v2.onnx")
+    shutil.copy("net.onnx", odd)
+    assert main(["optimize", str(odd), "--passes", "fold"]) == OK
+    assert main(["inspect", str(odd)]) == OK
+    shown = capsys.readouterr().out
+    assert "wrote a [red]net[bold] é.v2.opt.onnx" in shown
+    assert shown.count(str(odd)) == 2
+
+
+def test_inspect_reads_like_a_sentence(folder, capsys):
+    assert main(["inspect", "net.onnx"]) == OK
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    rows = {name: " ".join(rest) for name, *rest in map(str.split, lines) if name}
+    assert rows["input"] == "│ input float32 [N, 1, 28, 28]"
+    assert rows["output"] == "│ output float32 [N, 10]"
+    assert rows["MACs"] == "│ 13.0 M"
+    assert rows["weights"].startswith("│ 610 kB (float32 610 kB in 55 tensors")
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_model_that_onnxruntime_cannot_run_is_folded_without_verification(folder, capsys):
+    text = """<ir_version: 8, opset_import: ["" : 17, "plugins" : 1]>
+        g (float[N] x) => (float[N] y) { a = plugins.Swish(x) b = Identity(a) y = Relu(b) }"""
+    onnx.save(onnx.parser.parse_model(text), "plugin.onnx")
+    assert main(["optimize", "plugin.onnx", "--passes", "fold"]) == WRONG
+    assert "--no-verify" in capsys.readouterr().err
+    assert main(["optimize", "plugin.onnx", "--passes", "fold", "--no-verify", "-o", "out.onnx"]) == OK
+    assert [node.op_type for node in onnx.load("out.onnx").graph.node] == ["Swish", "Relu"]
+
+
+def test_a_reader_that_goes_away_is_no_error(folder):
+    command = [sys.executable, "-m", "graphopt.cli", "inspect", "net.onnx"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == OK
+
+
+def test_a_damaged_model_is_one_clear_line_or_still_a_model(folder, capsys):
+    """Truncations and flipped bits, most of them where the structure is."""
+    content = (MODELS / "fmnist_mbv2.onnx").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        if rng.random() < 0.2:
+            del damaged[rng.integers(len(content)) :]
+        for _ in range(rng.integers(1, 4)):
+            place = rng.integers(min(12_000, len(damaged))) if rng.random() < 0.8 else rng.integers(len(damaged))
+            damaged[place] ^= 1 << int(rng.integers(8))
+        Path("damaged.onnx").write_bytes(damaged)
+        for command in (["inspect"], ["optimize", "--passes", "fold", "--overwrite", "-o", "out.onnx"]):
+            code = main([command[0], "damaged.onnx", *command[1:]])
+            message = capsys.readouterr().err.strip()
+            assert code in (OK, FAILED, WRONG)
+            assert code != WRONG or (message.startswith("error: ") and "\n" not in message)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from graphopt import compare
 from graphopt.compare import Comparison, OutputComparison, compare_sessions
-from graphopt.data import Feed, InputSpec, Samples, load_samples
+from graphopt.data import load_samples
 from graphopt.errors import DataError, GraphoptError, ModelError
+from graphopt.feeds import Feed, InputSpec, Samples
 from graphopt.runtime import open_session
 
 
@@ -307,3 +308,30 @@ def test_casts_the_feed_for_a_model_that_takes_another_float() -> None:
     sessions = open_session(model("1, 2, 3, 4")), open_session(model("1, 2, 3, 4", "double"))
     (found,) = compare_sessions(*sessions, SAMPLES).outputs
     assert found.sqnr_db > 120
+
+
+def test_sequences_and_maps_are_compared_array_by_array():
+    text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3]>
+        g (float[2,3] x) => (seq(float[1,3]) s) <float[1] k = {1}>
+        {
+            a = Mul (x, k)
+            s = SplitToSequence <axis = 0> (a)
+            m = ai.onnx.ml.ZipMap <classlabels_int64s = [0, 1, 2]> (a)
+        }"""
+    proto = onnx.parser.parse_model(text)
+    maps = proto.graph.output.add(name="m").type.sequence_type.elem_type.map_type
+    maps.key_type, maps.value_type.tensor_type.elem_type = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+    half = onnx.ModelProto.FromString(proto.SerializeToString())
+    half.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.array([0.5], np.float32), "k"))
+    one, other = open_session(proto), open_session(half)
+    samples = load_samples([{"x": np.ones((2, 3), np.float32)}], one.inputs)
+    for row in compare_sessions(one, one, samples).outputs:
+        assert (row.sqnr_db, row.max_error) == (math.inf, 0)
+    for row in compare_sessions(one, other, samples).outputs:
+        assert row.max_error == 0.5
+
+
+def test_sequences_of_different_lengths_cannot_be_compared():
+    one, other = ([np.zeros(2)] * count for count in (2, 3))
+    with pytest.raises(ModelError, match="holds 2 arrays in the reference and 3"):
+        compare._Sums("y").add_all(one, other)

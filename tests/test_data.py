@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from onnxruntime.quantization import CalibrationDataReader
 
 from graphopt import python_sources
-from graphopt.data import Feed, InputSpec, Samples, load_samples, synthetic_samples
+from graphopt.data import data_file, load_samples
 from graphopt.errors import DataError
+from graphopt.feeds import Feed, InputSpec, Samples
+from graphopt.synthetic import synthetic_samples
 
 FLOAT32, FLOAT16, INT64, INT32, BOOL = map(np.dtype, ("float32", "float16", "int64", "int32", "bool"))
 IMAGES = (InputSpec("input", FLOAT32, ("N", 1, 28, 28)),)
@@ -472,3 +474,36 @@ class TestPaths:
     def test_refuses_a_limit_below_one(self, limit: int) -> None:
         with refused(f"the number of samples must be at least 1, not {limit}"):
             load_samples({"x": rows(1)}, ROWS, limit=limit)
+
+
+def test_the_first_feeds_of_samples_are_a_shorter_source():
+    feeds = [{"x": np.array([number])} for number in range(5)]
+    shorter = Samples(lambda: iter(feeds), "five", 5).first(2)
+    assert [feed["x"].item() for feed in shorter] == [feed["x"].item() for feed in shorter] == [0, 1]
+    assert (shorter.count, shorter.description) == (2, "five")
+
+
+@pytest.mark.parametrize(("text", "file"), [("a/b.py:feeds", "a/b.py"), ("a:b/c.npz", "a:b/c.npz"), ("x.py", "x.py")])
+def test_the_file_behind_a_data_argument(text, file):
+    assert data_file(text) == Path(file)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "set/input_0.pb"])
+def test_a_damaged_file_is_an_error_or_still_data(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    array = np.zeros((4, 3), np.float32)
+    if path.suffix == ".npz":
+        np.savez_compressed(path, x=array)
+    else:
+        path.write_bytes(onnx.numpy_helper.from_array(array, "x").SerializeToString())
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.integers(1, 6)):
+            damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        source = path if path.suffix == ".npz" else path.parent
+        with suppress(DataError):
+            list(load_samples(source, ROWS))

@@ -22,7 +22,7 @@ def _model():
 )
 def test_freezes_the_inputs_that_are_named(names, frozen):
     model = _model()
-    result = FreezeInputs(names=names).apply(model.graph, Context(defaults=model.frame.defaults))
+    result = FreezeInputs(names=names).apply(model.graph, Context(frame=model.frame))
     proto = model.to_proto()
     onnx.checker.check_model(proto, full_check=True)
     assert result.rewrites == len(frozen)
@@ -32,7 +32,7 @@ def test_freezes_the_inputs_that_are_named(names, frozen):
 
 def test_says_which_name_is_no_input_with_a_default():
     model = _model()
-    result = FreezeInputs(names=("weight", "k")).apply(model.graph, Context(defaults=model.frame.defaults))
+    result = FreezeInputs(names=("weight", "k")).apply(model.graph, Context(frame=model.frame))
     assert result.rewrites == 1
     assert [skip.where for skip in result.skipped] == ["weight"]
 

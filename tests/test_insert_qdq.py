@@ -171,6 +171,13 @@ def test_a_low_opset_is_raised_and_said():
     assert "13" in result.notes[0]
 
 
+def test_a_graph_without_anything_to_quantize_stays_as_it_is():
+    text = '<ir_version: 7, opset_import: ["" : 11]> g (float[N] x) => (float[N] y) { y = Relu(x) }'
+    proto, result = quantized(model_of(text))
+    assert (result.rewrites, result.notes) == (0, ())
+    assert proto.opset_import[0].version == 11
+
+
 def test_a_weight_of_two_readers_is_stored_once():
     proto, _ = quantized(model_of(CONV_RELU_CONV))
     assert sum(name.startswith("w_quantized") for name in initializers(proto)) == 1

@@ -12,8 +12,10 @@ from zoo import NAMES, zoo_feed, zoo_model
 
 from graphopt import model_io
 from graphopt.errors import ModelError, OutputError
+from graphopt.inspection import inspect_model
 from graphopt.model_io import load_model, save_model
 from graphopt.runtime import open_session
+from graphopt.shapes import infer_shapes
 
 SMALL = """
 <ir_version: 8, opset_import: ["" : 17], producer_name: "maker", producer_version: "1", model_version: 3>
@@ -580,3 +582,81 @@ def test_the_metadata_of_real_models_survive():
         assert len(metadata) >= count
     magika = load_model(zoo_model("magika_standard_v3_3")).to_proto()
     assert "ai.onnx.ml" in {each.domain for each in magika.opset_import}
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    content = small().SerializeToString().replace(b"scaled", b"scal\xff\xfe")
+    (tmp_path / "damaged.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match=r"damaged.onnx: the name b'scal\\xff\\xfe' is not UTF-8"):
+        load_model(tmp_path / "damaged.onnx")
+
+
+def test_a_weight_with_too_few_values_is_named():
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, [4], np.ones(4, np.float32).tobytes(), raw=True)
+    tensor.dims[0] = 8
+    values = load_model(with_weight(tensor)).graph.nodes[0].inputs[0]._values
+    with pytest.raises(ModelError, match="weight 'w' is damaged"):
+        values.load()
+
+
+@pytest.mark.parametrize("offset", ["-4096", "here"])
+def test_a_weight_at_no_place_in_its_file_is_refused(tmp_path, offset):
+    path = external(tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = offset if entry.key == "offset" else entry.value
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="no place in a file"):
+        load_model(path)
+
+
+def test_a_model_knows_all_its_files_also_when_a_pass_replaced_the_weights(tmp_path):
+    path = external(tmp_path)
+    model = load_model(path)
+    (weights,) = [each for each in tmp_path.iterdir() if each != path]
+    assert model.files == (path, weights)
+    changed = model.copy()
+    for node in changed.graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                tensor.values = np.array(tensor.values)
+    with pytest.raises(OutputError, match="it is an input"):
+        save_model(changed, weights, overwrite=True)
+
+
+def test_default_values_count_as_weights():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2] x, float[2] w = {1, 2}) => (float[2] y) { y = Mul (x, w) }"""
+    assert load_model(onnx.parser.parse_model(text)).nbytes == 8
+
+
+def test_a_model_that_is_loaded_stays_itself_and_prints_short():
+    model = load_model(small())
+    assert load_model(model) is model
+    assert len(repr(model)) < 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (optional(float[N]) x) => (float[N] y) { y = OptionalGetElement (x) }",
+        "g (float[N] x) => (optional(float[N]) y) { y = Optional (x) }",
+        "g (seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }",
+    ],
+)
+def test_types_that_are_no_tensors_survive_and_can_be_inferred_and_inspected(text):
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    model = load_model(proto)
+    infer_shapes(model.graph)
+    again = model.to_proto()
+    assert (again.graph.input, again.graph.output) == (proto.graph.input, proto.graph.output)
+    assert inspect_model(model).nodes == 1
+
+
+def test_shape_inference_that_cannot_go_on_is_an_error_of_the_model():
+    proto = onnx.parser.parse_model(SMALL)
+    proto.graph.node[0].op_type = "GlobalAveragePool"
+    del proto.graph.node[0].input[:]
+    with pytest.raises(ModelError, match="shape inference"):
+        infer_shapes(load_model(proto).graph)

@@ -6,8 +6,8 @@ import onnx.parser
 import pytest
 from onnx import helper
 
-from graphopt.data import Samples
 from graphopt.errors import DataError, ModelError
+from graphopt.feeds import Samples
 from graphopt.histogram import Extremes, Histogram
 from graphopt.model_io import load_model
 from graphopt.observe import observe

@@ -9,10 +9,12 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
+from graphopt.data import load_samples
 from graphopt.errors import OutputError, PipelineError
 from graphopt.model_io import load_model
-from graphopt.pass_base import Effect, Pass, PassResult, Skip
+from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.pass_manager import PassManager
+from graphopt.runtime import open_session
 
 TEXT = """
     <ir_version: 8, opset_import: ["" : 17]>
@@ -130,7 +132,84 @@ def test_a_failure_leaves_a_folder_that_shows_it_again(tmp_path):
     folder = tmp_path / "0-scale"
     assert "--passes scale:by=3.0" in (folder / "README.txt").read_text(encoding="utf-8")
     assert onnx.load(folder / "before.onnx").graph.node[0].op_type == "Mul"
-    assert np.load(folder / "feeds" / "00000.npz")["x"].dtype == np.float32
+    again = PassManager([Scale(by=3.0)]).run(
+        folder / "before.onnx", Context(samples=load_samples(str(folder / "feeds"), open_session(model()).inputs))
+    )
+    assert again.report.passes[0].failure
+
+
+def test_a_failure_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    result = PassManager([Scale(by=3.0)]).run(model(), failure_folder=tmp_path / "file")
+    (warning,) = result.report.warnings
+    assert "could not be written" in warning
+
+
+def test_feeds_of_any_type_and_name_reproduce_a_failure(tmp_path):
+    text = TEXT.replace("(float[N,4] x)", "(float[N,4] x, string[N] file)").replace(
+        "(float[N,4] y)", "(float[N,4] y, string[N] z)"
+    )
+    text = text.replace("y = Relu(a)", "y = Relu(a) z = Identity(file)")
+    proto = onnx.parser.parse_model(text)
+    PassManager([Scale(by=3.0)]).run(proto, failure_folder=tmp_path)
+    samples = load_samples(str(tmp_path / "0-scale" / "feeds"), open_session(proto).inputs)
+    assert [set(feed) for feed in samples] == [{"x", "file"}] * 2
+
+
+def test_a_change_that_a_pass_does_not_count_is_dropped():
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(Scale):
+        def apply(self, graph, context):
+            super().apply(graph, context)
+            return PassResult()
+
+    result = PassManager([Silent(by=3.0)]).run(model())
+    assert not result.report.failed
+    assert constant(result) == [1, 2, 3, 4]
+
+
+def test_a_lossy_pass_that_changes_nothing_is_warned_about():
+    @dataclass(frozen=True, kw_only=True)
+    class Idle(Lossy):
+        def apply(self, graph, context):
+            return PassResult(skipped=(Skip("y", "for the test"),))
+
+    (warning,) = PassManager([Idle()]).run(model()).report.warnings
+    assert warning.startswith("pass lossy changed nothing: the places that it left alone")
+
+
+def test_the_result_is_never_the_graph_of_the_caller():
+    graph = gs.import_onnx(model())
+    assert PassManager([]).run(graph).optimized.graph is not graph
+
+
+def test_what_is_no_pass_is_refused():
+    with pytest.raises(PipelineError, match="is no pass: give instances"):
+        PassManager([Scale])
+
+
+def test_an_error_names_the_pass_that_was_rolled_back_before():
+    with pytest.raises(PipelineError, match=r"not like this; before that, crash was rolled back: .*crashed"):
+        PassManager([Crash(), Refuse()]).run(model())
+
+
+def test_a_model_that_runs_on_no_made_up_input_is_not_verified_and_says_so():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (int64[1] n) => (float[1] y) <float[3] table = {1, 2, 3}, int64[1] three = {3}>
+        { index = Add(n, three) y = Gather(table, index) }"""
+    result = PassManager([]).run(onnx.parser.parse_model(text))
+    (warning,) = result.report.warnings
+    assert "outputs are not verified: the model runs with none of the made-up inputs" in warning
+    assert "out of data bounds" in warning
+
+
+def test_outputs_that_are_sequences_are_verified():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,4] x) => (seq(float[1,4]) y) <float[4] k = {1, 2, 3, 4}>
+        { a = Mul(x, k)  y = SplitToSequence<axis = 0>(a) }"""
+    same, changed = (PassManager([Scale(by=by)]).run(onnx.parser.parse_model(text)) for by in (1.0, 2.0))
+    assert not same.report.failed
+    assert "differs" in changed.report.passes[0].failure
 
 
 def test_without_verification_nothing_is_rolled_back():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt.errors import PipelineError
 from graphopt.pass_base import Effect, Pass, PassResult
-from graphopt.passes import registry
+from graphopt.passes import Calibrate, registry
 from graphopt.pipeline import format_pass, format_pipeline, options_of, parse_pipeline
 
 
@@ -122,3 +123,18 @@ def test_every_pass_can_be_written_and_shown(name):
     assert item.name == name
     assert (type(item).__doc__ or "").strip()
     assert all(option.help for option in options_of(type(item)))
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded", "words"),
+    [
+        ("mine", "none", "is no graphopt.Pass"),
+        ("mine", Calibrate, "must have that name"),
+        ("calibrate", Calibrate, "takes a name that is taken"),
+    ],
+)
+def test_a_pass_of_another_package_that_cannot_be_used_is_one_line(monkeypatch, name, loaded, words):
+    entry = SimpleNamespace(name=name, value="package:Class", load=lambda: loaded)
+    monkeypatch.setattr("graphopt.passes.entry_points", lambda group: [entry])
+    with pytest.raises(PipelineError, match=words):
+        registry.__wrapped__()

@@ -79,7 +79,9 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
         Ranges.load(tmp_path / "gone.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"schema": 1, "tensors": {"a": {"mini'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 100_000, b"\xff\xfe\x00", b'{"schema": 1, "tensors": {"a": {"mini']
+)
 def test_a_file_that_is_no_json_is_an_error_of_one_line(tmp_path, content):
     path = tmp_path / "ranges.json"
     path.write_bytes(content)
@@ -135,6 +137,15 @@ def test_a_value_of_another_type_is_named(tmp_path, key, value):
     content["tensors"]["/conv/Relu:0"][key] = value
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"\"{key}\" of tensor '/conv/Relu:0' cannot be"):
+        Ranges.load(path)
+
+
+def test_a_number_that_no_float_holds_is_refused(tmp_path):
+    path = tmp_path / "ranges.json"
+    content = saved_json(path)
+    content["tensors"]["/conv/Relu:0"]["maximum"] = 10**400
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="not a ranges file that can be used: int too large"):
         Ranges.load(path)
 
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.data import Feed, InputSpec, synthetic_samples
 from graphopt.errors import DataError
-from graphopt.feeds import Dimension, sizes_fit
-from graphopt.synthetic import candidate_shapes
+from graphopt.feeds import Dimension, Feed, InputSpec, sizes_fit
+from graphopt.synthetic import candidate_shapes, synthetic_samples
 
 FLOAT32 = np.dtype("float32")
 

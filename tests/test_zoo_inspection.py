@@ -11,13 +11,20 @@ import pytest
 from zoo import NAMES, zoo_model
 
 from graphopt.compare import compare_sessions
-from graphopt.data import Feed, load_samples, synthetic_samples
+from graphopt.data import load_samples
 from graphopt.errors import GraphoptError
+from graphopt.feeds import Feed
 from graphopt.inspection import inspect_model
 from graphopt.model_io import load_model
 from graphopt.runtime import Session, open_session
+from graphopt.synthetic import synthetic_samples
 
 pytestmark = pytest.mark.zoo
+MACS_UNKNOWN = {  # operators whose sizes ONNX shape inference does not find
+    "all_minilm_l6_v2",  # attention: products of values that were reshaped to computed sizes
+    "efficientnet_lite0_bn",  # every size follows from Pads with computed amounts; folding makes them constant
+    "silero_vad_v6",  # its branches disagree in rank
+}
 
 
 def runs(session: Session, feed: Feed) -> bool:
@@ -51,8 +58,8 @@ def test_inspects_every_model(name: str) -> None:
     assert 0.9 * found.file_nbytes < found.weight_nbytes + 160 * found.nodes
     assert found.weight_nbytes < found.file_nbytes
     assert 4 * found.parameters <= found.weight_nbytes
-    assert found.macs > 0 or name == "silero_vad_v6"
-    assert (found.macs_unknown > 0) == (name == "silero_vad_v6")  # its branches disagree in rank
+    assert found.macs > 0 or name in ("silero_vad_v6", "efficientnet_lite0_bn")
+    assert (found.macs_unknown > 0) == (name in MACS_UNKNOWN)
 
 
 def test_counts_the_macs_of_four_convolutions_as_by_hand() -> None:

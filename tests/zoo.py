@@ -30,7 +30,7 @@ def zoo_model(name: str) -> Path:
 
 
 def zoo_feeds(name: str, half: str) -> Path:
-    """The folder with a model's real feeds for "calibration" or "evaluation"; the test is skipped where it is not there."""
+    """The folder with one half of a model's feeds, "calibration" or "evaluation"; skips where it is not there."""
     return _present(Path("feeds", name, half), "feeds.py")
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from graphopt.checking import Check
 from graphopt.compare import OutputComparison
-from graphopt.inspection import Inspection
+from graphopt.inspection import Inspection, Interface
 from graphopt.pass_base import Pass, Skip
 from graphopt.pipeline import options_of
 from graphopt.report.records import Report
 
 _SKIP_GROUPS = 12
 _LAYERS = 20
+_NO_DIFFERENCE = 0.005  # shown as such: it rounds to a ratio of 1.00
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -55,29 +56,95 @@ def print_check(check: Check, console: Console) -> None:
         "size, MB",
         f"{check.reference_nbytes / 1e6:.3f}",
         f"{check.other_nbytes / 1e6:.3f}",
-        f"{check.reference_nbytes / check.other_nbytes:.2f} x smaller",
+        _ratio(check.reference_nbytes, check.other_nbytes, "smaller", "larger"),
     )
-    slower = False
     if check.reference_latency is not None and check.other_latency is not None:
-        ratio = check.reference_latency / check.other_latency
-        slower = ratio < 1
         table.add_row(
             "latency, ms",
             f"{check.reference_latency * 1e3:.3f}",
             f"{check.other_latency * 1e3:.3f}",
-            f"[yellow]{1 / ratio:.2f} x slower[/yellow]" if slower else f"{ratio:.2f} x faster",
+            _ratio(check.reference_latency, check.other_latency, "faster", "slower"),
         )
     console.print(table)
-    if slower:
+    if check.speedup is not None and check.speedup < 1 - _NO_DIFFERENCE:
         console.print("[yellow]The result is slower than the float model on this machine.[/yellow]")
+
+
+def _ratio(before: float, after: float, better: str, worse: str) -> str:
+    """How much a cost went down or up, as "3.94 x smaller"; empty where one of them is nothing."""
+    if not before or not after:
+        return ""
+    if abs(before / after - 1) <= _NO_DIFFERENCE:
+        return "the same"
+    return f"{before / after:.2f} x {better}" if after < before else f"[yellow]{after / before:.2f} x {worse}[/yellow]"
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Size, parameters, MACs, operators and dtypes."""
-    table = Table(show_header=False)
-    for name, value in inspection.to_json().items():
-        table.add_row(name.replace("_", " "), escape(_plain(value)))
+    table = Table(show_header=False, title=escape(inspection.path or ""), title_justify="left", title_style="bold")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in _inspection_rows(inspection):
+        table.add_row(name, escape(value))
     console.print(table)
+
+
+def _inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield from (("input", _interface(each)) for each in found.inputs)
+    yield from (("output", _interface(each)) for each in found.outputs)
+    if found.file_nbytes is not None:
+        yield "file", _bytes(found.file_nbytes)
+    by_dtype = (
+        f"{dtype} {_bytes(each.nbytes)} in {_count(each.tensors, 'tensor')}"
+        for dtype, each in found.weight_dtypes.items()
+    )
+    yield "weights", f"{_bytes(found.weight_nbytes)}{_in_brackets(', '.join(by_dtype))}"
+    yield "parameters", f"{found.parameters:,}"
+    macs_left_out = f"without {_count(found.macs_unknown, 'node')} of unknown shape" if found.macs_unknown else ""
+    yield "MACs", f"{_scaled(found.macs)}{_in_brackets(macs_left_out)}"
+    left_out = (
+        f"without {_count(found.activations_unknown, 'tensor')} of unknown size" if found.activations_unknown else ""
+    )
+    yield "peak activations", f"{_bytes(found.peak_activation_nbytes)}{_in_brackets(left_out)}"
+    if assumed := ", ".join(f"{name} {_shape(shape)}" for name, shape in found.assumed_shapes.items()):
+        yield "both figures for", assumed
+    ops = ", ".join(f"{op} {count:,}" for op, count in found.ops.items())
+    yield "nodes", f"{found.nodes:,}{': ' * bool(ops)}{ops}"
+    opsets = ", ".join(f"{domain} {version}" for domain, version in found.opset.items())
+    yield "opset", opsets + (f", IR version {found.ir_version}" if found.ir_version else "")
+    if found.producer:
+        yield "producer", found.producer
+
+
+def _interface(each: Interface) -> str:
+    if each.shape is None:
+        return f"{each.name} {each.dtype} of unknown shape"
+    return f"{each.name} {each.dtype} {_shape(each.shape)}"
+
+
+def _shape(sizes: Iterable[int | str | None]) -> str:
+    return f"[{', '.join('?' if size is None else str(size) for size in sizes)}]"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} bytes" if count < 1000 else f"{_scaled(count)}B"
+
+
+def _scaled(count: int) -> str:
+    """A number to three digits, in the unit that suits it: 4727232 is "4.73 M"."""
+    value, units = float(count), ["", "k", "M", "G", "T", "P"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f} {units[0]}" if units[0] else str(count)
 
 
 def print_passes(registry: Mapping[str, type[Pass]], console: Console) -> None:
@@ -85,11 +152,15 @@ def print_passes(registry: Mapping[str, type[Pass]], console: Console) -> None:
     for kind in registry.values():
         summary = (kind.__doc__ or "").strip().splitlines()[0]
         console.print(f"[bold]{kind.name}[/bold] ({kind.effect.value}): {escape(summary)}")
+        options = Table.grid(padding=(0, 2))
         for option in options_of(kind):
-            default = f", default {option.default}" if option.default else ""
-            console.print(
-                f"    {option.name}=[italic]{escape(option.type_name)}[/italic]: {escape(option.help)}{escape(default)}"
+            help_and_default = [option.help, f"default {option.default}" if option.default else ""]
+            options.add_row(
+                f"{option.name}=[italic]{escape(option.type_name)}[/italic]",
+                escape(", ".join(filter(None, help_and_default))),
             )
+        if options.rows:
+            console.print(Padding(options, (0, 0, 0, 4)))
 
 
 def _pass_table(report: Report) -> Table:
@@ -147,11 +218,3 @@ def _comparison_table(title: str, rows: Iterable[OutputComparison]) -> Table:
 
 def _decibels(value: float) -> str:
     return "exact" if math.isinf(value) and value > 0 else f"{value:.2f}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
