@@ -22,12 +22,16 @@ from graphopt.runtime import open_session
 Measured = dict[str, Any]
 
 
-def run_graphopt(model: Path, data: str, out: Path, target: str, method: str) -> Measured:
-    """`graphopt optimize MODEL --passes fold,calibrate,qdq`; seconds without the verification and the final check."""
+def run_graphopt(model: Path, data: str, out: Path, setting: str, method: str) -> Measured:
+    """`graphopt optimize MODEL --passes fold,calibrate,qdq`; seconds without the verification and the final check.
+
+    `setting` is a target, with options of `qdq` behind a colon.
+    """
     import graphopt
 
     start = time.perf_counter()
-    passes = f"freeze-inputs,fold,calibrate{method and f':method={method}'},qdq"
+    target, colon, options = setting.partition(":")
+    passes = f"freeze-inputs,fold,calibrate{method and f':method={method}'},qdq{colon}{options}"
     result = graphopt.optimize(model, passes, data=data, target=target, verify=False)
     result.save(out, overwrite=True)
     last = result.report.passes[-1]
