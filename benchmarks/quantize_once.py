@@ -37,7 +37,7 @@ def run_graphopt(model: Path, data: str, out: Path, setting: str, method: str) -
     last = result.report.passes[-1]
     return {
         "seconds": time.perf_counter() - start,
-        "operators": last.parts["operators"],
+        "operators": last.parts.get("operators", 0),
         "left_float": [skip.reason for skip in last.skipped],
     }
 

@@ -33,7 +33,7 @@ SMALL = {
     "fmnist_mbv2": "fashion_mnist",
     "fmnist_srunet": "fashion_mnist_small",
 }
-SCORED = 40  # samples
+SCORED = 16  # samples
 COLUMNS = (
     "model",
     "int8 operators",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from graphopt.checking import Check, check_models
@@ -12,7 +13,7 @@ from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, refuse_target
 from graphopt.pass_base import Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
-from graphopt.passes import Calibrate, registry
+from graphopt.passes import Calibrate, Fold, registry
 from graphopt.pipeline import parse_pipeline
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
@@ -120,10 +121,27 @@ def check(
 def inspect(model: Source) -> Inspection:
     """Size, parameters, MACs, activation memory, operators and dtypes of a model.
 
+    Where sizes are computed inside the graph and shape inference does not see through that, MACs and activation memory
+    are those of the folded graph; everything else is the model's as it is.
+
     Raises:
         ModelError: the model cannot be read.
     """
-    return inspect_model(load_model(model))
+    loaded = load_model(model)
+    found = inspect_model(loaded)
+    if not found.macs_unknown:
+        return found
+    folded = loaded.copy()
+    Fold().apply(folded.graph, Context(frame=folded.frame))
+    costs = inspect_model(folded)
+    return replace(
+        found,
+        macs=costs.macs,
+        macs_unknown=costs.macs_unknown,
+        peak_activation_nbytes=costs.peak_activation_nbytes,
+        activations_unknown=costs.activations_unknown,
+        assumed_shapes=costs.assumed_shapes,
+    )
 
 
 def _final_check(float_model: Model, result: Result, context: Context) -> Check:

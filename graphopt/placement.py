@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import numpy as np
 import onnx_graphsurgeon as gs
+from networkx import DiGraph
 
+from graphopt.branches import branch_lengths, data_flow
 from graphopt.graph import all_graphs, is_constant, present, producer
 from graphopt.pass_base import Skip
 from graphopt.targets import Role, Rule, Target
@@ -286,11 +287,11 @@ class _Placing:
         adds = [node for node in adds if not any(is_constant(tensor) for tensor in node.inputs)]
         if not adds:
             return []
-        flow = _data_flow(self.graph)
+        flow = data_flow(self.graph)
         edges = (self._residual_edge(node, flow) for node in adds)
         return [edge for edge in edges if edge is not None]
 
-    def _residual_edge(self, node: gs.Node, flow: nx.DiGraph) -> Edge | None:
+    def _residual_edge(self, node: gs.Node, flow: DiGraph) -> Edge | None:
         """The input of a residual Add that bypasses the operator which the Add is fused into.
 
         The two branches meet at their lowest common ancestor. The branch that comes from a quantized operator is
@@ -301,7 +302,7 @@ class _Placing:
             return None
         if len(weighted) == 1:
             return Edge(node, 1 - weighted[0])
-        depths = _branch_lengths(flow, node)
+        depths = branch_lengths(flow, node)
         return None if depths is None else Edge(node, int(depths[1] < depths[0]))
 
     def _from_quantized(self, tensor: gs.Tensor) -> bool:
@@ -389,28 +390,3 @@ def _channels(node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
     if node.op == "Gemm" and node.attrs.get("transB", 0):
         return shape[1], shape[0]
     return shape[-2], shape[-1]
-
-
-def _data_flow(graph: gs.Graph) -> nx.DiGraph:
-    """The graph's nodes by id, with an edge from each producer to each consumer, and one root before all sources."""
-    flow = nx.DiGraph()
-    for node in graph.nodes:
-        before = [parent for parent in map(producer, node.inputs) if parent is not None]
-        flow.add_edges_from((id(parent), id(node)) for parent in before)
-        if not before:
-            flow.add_edge("source", id(node))
-    return flow
-
-
-def _branch_lengths(flow: nx.DiGraph, node: gs.Node) -> tuple[int, int] | None:
-    """Operators between a two-input node and the lowest common ancestor of its branches, for each input."""
-    left, right = producer(node.inputs[0]), producer(node.inputs[1])
-    if left is None or right is None:
-        return None
-    meeting = nx.lowest_common_ancestor(flow, id(left), id(right))
-    if meeting is None:
-        return None
-    return (
-        nx.shortest_path_length(flow, meeting, id(left)),
-        nx.shortest_path_length(flow, meeting, id(right)),
-    )

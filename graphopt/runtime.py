@@ -231,7 +231,8 @@ def _view(value: ort.OrtValue) -> Any:
     """A float tensor without a copy, anything else as onnxruntime converts it; None where there is no value."""
     if not value.has_value():
         return None
-    return np.from_dlpack(value) if value.data_type() in _VIEWED_TYPES else value.numpy()
+    can_view = value.data_type() in _VIEWED_TYPES and hasattr(value, "__dlpack__")  # older versions only copy
+    return np.from_dlpack(value) if can_view else value.numpy()
 
 
 def _input_spec(argument: ort.NodeArg) -> InputSpec:

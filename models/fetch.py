@@ -65,8 +65,12 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name first, then move it into place: there is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise FetchError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def find_archive(folder: Path) -> Path | None:

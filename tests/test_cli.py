@@ -370,3 +370,21 @@ def test_a_damaged_model_is_one_clear_line_or_still_a_model(folder, capsys):
             message = capsys.readouterr().err.strip()
             assert code in (OK, FAILED, WRONG)
             assert code != WRONG or (message.startswith("error: ") and "\n" not in message)
+
+
+def test_inspect_counts_macs_behind_sizes_that_the_graph_computes(tmp_path, capsys):
+    onnx.save(
+        onnx.parser.parse_model(
+            """<ir_version: 8, opset_import: ["" : 17]>
+            g (float[1,3,8,8] x, float[4,3,3,3] w) => (float[A,B,C,D] y)
+            <int64[1] one = {1}, int64[1] zero = {0}, int64[1] four = {4}>
+            { r = Shape(one) n = Mul(r, four) z = ConstantOfShape<value = int64[1] {0}>(n) o = Add(z, one)
+              hw = Slice(o, zero, one) nc = Mul(hw, zero) p = Concat<axis=0>(nc, nc, hw, hw, nc, nc, hw, hw)
+              b = Pad(x, p) y = Conv(b, w) }"""
+        ),
+        tmp_path / "pads.onnx",
+    )
+    assert main(["inspect", str(tmp_path / "pads.onnx"), "--json"]) == OK
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["macs"], shown["macs_unknown"]) == (4 * 8 * 8 * 27, 0)
+    assert shown["ops"]["Pad"] == 1
