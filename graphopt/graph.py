@@ -164,8 +164,7 @@ def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> None:
         for tensor in node.outputs:
             if id(tensor) in kept_outputs or any(id(consumer) not in doomed for consumer in tensor.outputs):
                 raise ValueError(f"cannot remove {node.name or node.op}: its output {tensor.name} is in use")
-    for node in doomed.values():
-        disconnect(node)
+    disconnect_all(doomed.values())
     graph.nodes[:] = [node for node in graph.nodes if id(node) not in doomed]
 
 

@@ -7,8 +7,19 @@ Weights stay float behind Q and DQ, which every TensorRT version with explicit q
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from graphopt.quantization import INT8_SYMMETRIC, INT8_WEIGHT
 from graphopt.targets.target import Role, Rule, Target
+
+_WEIGHTED = Rule(
+    role=Role.GAINS,
+    inputs=(0, 1),
+    per_channel=True,
+    needs_constant_weight=True,
+    needs_output=False,
+    minimum_channels=16,
+)
 
 TENSORRT = Target(
     name="tensorrt",
@@ -16,27 +27,11 @@ TENSORRT = Target(
     activation=INT8_SYMMETRIC,
     weight=INT8_WEIGHT,
     rules={
-        "Conv": Rule(
-            role=Role.GAINS,
-            inputs=(0, 1),
-            per_channel=True,
-            needs_constant_weight=True,
-            needs_output=False,
-            minimum_channels=16,
-        ),
+        "Conv": _WEIGHTED,
         # per-channel ConvTranspose weights are accepted by some versions only: one scale
-        "ConvTranspose": Rule(
-            role=Role.GAINS, inputs=(0, 1), needs_constant_weight=True, needs_output=False, minimum_channels=16
-        ),
-        "Gemm": Rule(
-            role=Role.GAINS,
-            inputs=(0, 1),
-            per_channel=True,
-            needs_constant_weight=True,
-            needs_output=False,
-            minimum_channels=16,
-        ),
-        "MatMul": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_output=False, minimum_channels=16),
+        "ConvTranspose": replace(_WEIGHTED, per_channel=False),
+        "Gemm": _WEIGHTED,
+        "MatMul": replace(_WEIGHTED, needs_constant_weight=False),
     },
     stays_float={
         "LSTM": "TensorRT runs LSTM in float",
