@@ -90,6 +90,21 @@ def nested_output_names(graph: gs.Graph) -> set[str]:
     }
 
 
+def named_tensors(root: gs.Graph) -> set[int]:
+    """Ids of the tensors that are read by name, not by a node: outputs of any graph, and what branches return.
+
+    A rewrite must keep these, and their names. Ids stay valid while the tensors are in the graph.
+    """
+    returned = nested_output_names(root)
+    return {id(output) for graph in all_graphs(root) for output in graph.outputs} | {
+        id(tensor)
+        for graph in all_graphs(root)
+        for node in graph.nodes
+        for tensor in node.outputs
+        if tensor.name in returned
+    }
+
+
 def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether a tensor is an output of `graph`."""
     return any(output is tensor for output in graph.outputs)

@@ -20,6 +20,7 @@ from graphopt.feeds import Samples
 from graphopt.frame import Frame
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
+from graphopt.shapes import infer_shapes
 from graphopt.targets import Target, target_named
 
 
@@ -62,11 +63,21 @@ class Context:
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
     progress: Progress = silent
     seed: int = 0
+    shapes_inferred: bool = False  # set by a group that infers shapes once for all its members
 
     @property
     def defaults(self) -> Mapping[str, gs.Constant]:
         """The default values of graph inputs that a caller may override, by input name."""
         return self.frame.defaults
+
+    def infer_shapes(self, graph: gs.Graph) -> None:
+        """Fill in dtypes and shapes (`graphopt.shapes.infer_shapes`), unless the group that runs the pass has done so.
+
+        Raises:
+            ModelError: shape inference refuses the graph.
+        """
+        if not self.shapes_inferred:
+            infer_shapes(graph)
 
 
 class Pass(ABC):

@@ -43,7 +43,6 @@ from graphopt.graph import (
     set_output,
 )
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
-from graphopt.shapes import infer_shapes
 
 _DEFAULT_EPSILON = 1e-5  # of the operator page
 _PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4
@@ -64,7 +63,7 @@ class FoldBatchNorm(Pass):
         if not sources:
             return PassResult()
         if any(source is not None and source.op == "MatMul" for source in sources):
-            infer_shapes(graph)  # the one operator whose channels may lie on another axis
+            context.infer_shapes(graph)  # the one operator whose channels may lie on another axis
         folder = _Folder(graph, context.defaults)
         for each in all_graphs(graph):
             folder.fold_in(each)

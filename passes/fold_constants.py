@@ -38,7 +38,7 @@ from graphopt.graph import (
     disconnect,
     disconnect_all,
     is_constant,
-    nested_output_names,
+    named_tensors,
     present,
     producer,
     set_input,
@@ -46,7 +46,6 @@ from graphopt.graph import (
 from graphopt.inline_branch import inline_branches
 from graphopt.partial_values import PartialValue, partial_values, static_shape
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
-from graphopt.shapes import infer_shapes
 
 _RANDOM = {
     "Bernoulli",
@@ -76,9 +75,9 @@ class FoldConstants(Pass):
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Fold in `graph` and the graphs in it; `skipped` names what would grow the model or fail."""
         inlined = inline_branches(graph)
-        named = _named_tensors(graph)
+        named = named_tensors(graph)
         stored = sum(_store_constant_nodes(each, named) for each in all_graphs(graph))
-        infer_shapes(graph)
+        context.infer_shapes(graph)
         known = _fold_known_values(graph, named)
         evaluated, skipped = 0, []
         for each in all_graphs(graph):
@@ -87,18 +86,6 @@ class FoldConstants(Pass):
             skipped += skips
         parts = {"branches": inlined, "constants": stored, "shape values": known, "evaluated": evaluated}
         return PassResult(rewrites=sum(parts.values()), skipped=tuple(skipped), parts=parts)
-
-
-def _named_tensors(root: gs.Graph) -> set[int]:
-    """Return the ids of the tensors that something reads by name: the outputs of graphs, and what branches return."""
-    returned = nested_output_names(root)
-    return {id(output) for graph in all_graphs(root) for output in graph.outputs} | {
-        id(tensor)
-        for graph in all_graphs(root)
-        for node in graph.nodes
-        for tensor in node.outputs
-        if tensor.name in returned
-    }
 
 
 def _store_constant_nodes(graph: gs.Graph, named: Set[int]) -> int:

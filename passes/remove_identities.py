@@ -33,7 +33,6 @@ from graphopt.graph import (
 )
 from graphopt.partial_values import dtype_of, known_dimensions
 from graphopt.pass_base import Context, Effect, Pass, PassResult
-from graphopt.shapes import infer_shapes
 
 _TO_THE_END = 2**31 - 1  # exporters write this, or more, as the end of a Slice that takes the rest
 
@@ -48,7 +47,7 @@ class RemoveIdentities(Pass):
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Remove them from `graph` and the graphs in it; `parts` counts by operator."""
         if any(node.op in _READ_TYPES for each in all_graphs(graph) for node in each.nodes):
-            infer_shapes(graph)
+            context.infer_shapes(graph)
         remover = _Remover(
             outputs={id(output) for each in all_graphs(graph) for output in each.outputs},
             returned=nested_output_names(graph),
