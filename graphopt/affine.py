@@ -1,81 +1,126 @@
-"""Absorb a scale and a shift per output channel into the linear operator before them.
+"""Nodes that scale and shift: y = scale * x + shift, with one pair of numbers for each channel or one for all.
 
-With W the weight of a linear operator and b its bias, both along the output channels c,
+    BatchNormalization   scale = gamma / sqrt(var + epsilon)     shift = beta - scale * mean      axis 1
+    x * k, k * x         scale = k                               shift = 0
+    x / k                scale = 1 / k                           shift = 0
+    x + k, k + x         scale = 1                               shift = k
+    x - k                scale = 1                               shift = -k
+    k - x                scale = -1                              shift = k
+    -x                   scale = -1                              shift = 0
 
-    s[c] * (W x + b)[c] + t[c]  =  ((s W) x)[c] + (s[c] b[c] + t[c])
-
-so only W and b change. Where the output channels of W lie differs by operator
-(https://onnx.ai/onnx/operators/):
-
-    Conv           W [Cout, Cin/g, k...]      axis 0                                  b [Cout]
-    ConvTranspose  W [Cin, Cout/g, k...]      axis 1, anew for each group of Cin      b [Cout]
-    Gemm           B [K, N]; transB: [N, K]   N, in alpha * A B + beta * C            beta * C, C to [M, N]
-    MatMul         B [K, N]                   N                                       none: an Add follows
-
-All have their channels on axis 1 of the output; MatMul only when that is a matrix. The arithmetic is in
-float64 and cast once, to the type of W. Constants may have other readers, so each operator gets new ones of
-its own.
+(https://onnx.ai/onnx/operators/). Which axis of x a constant k runs along is proved by aligning the two from the
+right, as broadcasting does: [C, 1, 1] and [1, C, 1, 1] run along axis -3, [C] along axis -1, whatever C is. All
+arithmetic is in float64; what is stored is cast once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graphopt.graph import Array, Names, constant_of, producer, set_input, set_output
+from graphopt.graph import Array, constant_of, is_constant, present, producer
+from graphopt.partial_values import known_dimensions
 
 Channels = NDArray[np.float64]
+
+ELEMENTWISE = frozenset({"Add", "Div", "Mul", "Neg", "Sub"})
+"""Operators that scale and shift when their other operand is constant."""
+
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}  # integers wrap and truncate: they are not reassociated
+_DEFAULT_EPSILON = 1e-5  # of BatchNormalization's operator page
+_PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4 of BatchNormalization
+_RANK_OF_INPUT = {"BatchNormalization", "Clip", "Identity", "LeakyRelu", "Neg", "Relu", "Sigmoid"}
 
 
 @dataclass(frozen=True)
 class Affine:
-    """y[c] = scale[c] * x[c] + shift[c] along axis 1; both arrays are float64 of shape [C]."""
+    """y = scale * x + shift along one axis of x, counted from the end; both arrays are float64 of shape [C].
+
+    Without an axis both have shape [1] and hold for every element.
+    """
 
     scale: Channels
     shift: Channels
+    axis: int | None
 
+    def then(self, after: Affine) -> Affine | None:
+        """Return both, one after the other; None where they run along two axes."""
+        if None not in (self.axis, after.axis) and self.axis != after.axis:
+            return None
+        scale, shift = np.broadcast_arrays(self.scale * after.scale, self.shift * after.scale + after.shift)
+        return Affine(scale, shift, after.axis if self.axis is None else self.axis)
 
-@dataclass(frozen=True)
-class LinearWeights:
-    """The constants of a linear operator, of the dtype of its weight; the bias broadcasts to its channels."""
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether it only shifts."""
+        return bool((self.scale == 1).all())
 
-    weight: Array
-    bias: Array
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether it only scales."""
+        return bool((self.shift == 0).all())
 
     @property
     def finite(self) -> bool:
-        """Whether every value is a number that the dtype can hold."""
-        return bool(np.isfinite(self.weight).all() and np.isfinite(self.bias).all())
+        """Whether every number is one."""
+        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
+
+    @property
+    def scale_alone(self) -> Affine:
+        """Return the scale without the shift."""
+        return replace(self, shift=np.zeros_like(self.shift))
+
+    @property
+    def shift_alone(self) -> Affine:
+        """Return the shift without the scale."""
+        return replace(self, scale=np.ones_like(self.scale))
+
+    def constant(self, values: Channels, dtype: Any) -> Array:
+        """Return `values`, the scale or the shift, in the shape in which they broadcast to x."""
+        shape = () if self.axis is None else (-1, *[1] * (-self.axis - 1))
+        with np.errstate(over="ignore"):  # whether the result is finite is the caller's question
+            return np.asarray(values.reshape(shape), dtype)
 
 
-def why_not_linear(node: gs.Node | None, overridable: Container[str]) -> str | None:
-    """Say why a node is no linear operator whose weights are known; None if it is one.
+class AffineNode(NamedTuple):
+    """What an affine node does, and to which of its inputs."""
+
+    source: gs.Tensor
+    affine: Affine
+
+
+def affine_of(node: gs.Node, opset: int, overridable: Container[str]) -> AffineNode | str | None:
+    """Return what a node does if it is affine with known numbers; a reason if it only looks so; else None.
 
     Args:
-        node: the node; None where a graph input takes its place.
+        node: of a graph whose shapes have been inferred.
+        opset: of that graph.
         overridable: names of the graph inputs with default values.
     """
-    if node is None:
-        return "it reads a graph input; there is no linear operator before it to fold into"
-    label = f"{node.op} {node.name}".strip()
-    if node.domain or node.op not in _SCALED:
-        return f"{label} before it is not linear"
-    for role, tensor in (("weight", node.inputs[1]), ("bias", _bias(node))):
-        reason = None if tensor is None else why_not_constant(tensor, overridable)
-        if reason is not None:
-            return f"the {role} of {label} {reason}"
-    if node.op == "MatMul" and (_rank(node.inputs[1]), _rank(node.outputs[0])) != (2, 2):
-        return f"the channels of {label} are its last axis, which is axis 1 only where it is known to return a matrix"
+    if node.domain or not node.outputs:
+        return None
+    if node.op == "BatchNormalization":
+        return _why_not_batch_norm(node, opset, overridable) or _batch_norm(node)
+    if node.op == "Neg":
+        return AffineNode(node.inputs[0], Affine(-np.ones(1), np.zeros(1), None)) if _is_float(node) else None
+    if node.op in ELEMENTWISE and opset >= 7:  # before, broadcasting followed other rules
+        return _elementwise(node, overridable)
     return None
+
+
+def is_batch_norm(node: gs.Node) -> bool:
+    """Tell whether a node is ONNX's BatchNormalization, in whatever mode."""
+    return node.op == "BatchNormalization" and not node.domain
 
 
 def why_not_constant(tensor: gs.Tensor, overridable: Container[str]) -> str | None:
     """Say why the value of a tensor is not known, as the rest of a sentence that the tensor begins."""
-    if constant_of(tensor) is not None:
+    if is_constant(tensor):
         return None
     source = producer(tensor)
     if source is not None:
@@ -85,85 +130,113 @@ def why_not_constant(tensor: gs.Tensor, overridable: Container[str]) -> str | No
     return f"is graph input {tensor.name}"
 
 
-def absorbed(node: gs.Node, affine: Affine) -> LinearWeights:
-    """Return the weights with which a linear operator does what `affine` does after it.
-
-    Args:
-        node: an operator for which `why_not_linear` has no reason.
-        affine: with as many channels as the operator has output channels.
-    """
-    weight = _known(node.inputs[1])
-    bias = _bias(node)
-    old_bias = np.zeros(1) if bias is None else _known(bias).astype(np.float64)
-    if node.op == "Gemm":
-        old_bias = old_bias * node.attrs.get("beta", 1.0)
-    elif bias is not None:
-        old_bias = old_bias.reshape(-1)
-    scaled = _SCALED[node.op](node, weight.astype(np.float64), affine.scale)
-    shifted = old_bias * affine.scale + affine.shift
-    with np.errstate(over="ignore"):  # `finite` tells
-        return LinearWeights(scaled.astype(weight.dtype), shifted.astype(weight.dtype))
+def rank_of(tensor: gs.Tensor) -> int | None:
+    """Return the number of axes, also where only the weight of a convolution on either side tells it."""
+    asked = tensor
+    while known_dimensions(tensor) is None:
+        source = producer(tensor)
+        if source is not None and source.op in ("Conv", "ConvTranspose"):
+            return _rank_of_weight(source)
+        if source is None or source.op not in _RANK_OF_INPUT:
+            ranks = {_rank_of_weight(reader) for reader in asked.outputs if reader.op in ("Conv", "ConvTranspose")}
+            return next(iter(ranks), None)
+        tensor = source.inputs[0]
+    dimensions = known_dimensions(tensor)
+    return None if dimensions is None else len(dimensions)
 
 
-def set_weights(node: gs.Node, weights: LinearWeights, names: Names) -> list[gs.Node]:
-    """Give a linear operator new weights; return the nodes to put right after it in its graph.
-
-    Those compute what the operator computed before: a MatMul has no bias, so an Add follows it.
-    """
-    set_input(node, 1, gs.Constant(names.fresh(node.inputs[1].name), weights.weight))
-    bias = _bias(node)
-    output = node.outputs[0]
-    constant = gs.Constant(names.fresh(f"{output.name}/bias" if bias is None else bias.name), weights.bias)
-    if node.op == "MatMul":
-        product = gs.Variable(names.fresh(f"{output.name}/product"), output.dtype, output.shape)
-        set_output(node, 0, product)
-        return [gs.Node("Add", names.fresh(f"{output.name}/add"), inputs=[product, constant], outputs=[output])]
-    if len(node.inputs) > 2:
-        set_input(node, 2, constant)
-    else:
-        node.inputs.append(constant)
-    if node.op == "Gemm":
-        node.attrs["beta"] = 1.0
-    return []
+def _rank_of_weight(convolution: gs.Node) -> int | None:
+    dimensions = known_dimensions(convolution.inputs[1])
+    return None if dimensions is None else len(dimensions)
 
 
-def _bias(node: gs.Node) -> gs.Tensor | None:
-    return node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+def _is_float(node: gs.Node) -> bool:
+    dtype = node.outputs[0].dtype if node.inputs[0].dtype is None else node.inputs[0].dtype
+    return dtype is not None and not isinstance(dtype, int) and np.dtype(dtype).name in _FLOATS
 
 
-def _known(tensor: gs.Tensor) -> Array:
-    value = constant_of(tensor)
-    if value is None:
-        raise ValueError(f"{tensor.name} is not constant")
-    return value
+def _why_not_batch_norm(node: gs.Node, opset: int, overridable: Container[str]) -> str | None:
+    if opset < 7:
+        return f"BatchNormalization of opset {opset} may mean training; raise the opset to 9 or later first"
+    if node.attrs.get("spatial", 1) != 1:
+        return "spatial=0 normalizes every element on its own, not every channel"
+    if node.attrs.get("training_mode", 0):
+        return "training_mode=1 normalizes with the statistics of each batch; export the model in inference mode"
+    if len(present(node.outputs)) > 1:
+        return "its extra outputs ask for the statistics of each batch; export the model in inference mode"
+    for role, tensor in zip(_PARAMETERS, node.inputs[1:5], strict=True):
+        reason = why_not_constant(tensor, overridable)
+        if reason is not None:
+            return f"its {role} {reason}"
+    return None
 
 
-def _rank(tensor: gs.Tensor) -> int | None:
-    return None if tensor.shape is None else len(tensor.shape)
+def _batch_norm(node: gs.Node) -> AffineNode | str:
+    scale, bias, mean, variance = (
+        np.asarray(constant_of(tensor)).astype(np.float64).reshape(-1) for tensor in node.inputs[1:5]
+    )
+    rank = rank_of(node.inputs[0])
+    if rank is None or rank < 2:
+        return "the rank of its input is not known, so neither is the place of its channels"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = scale / np.sqrt(variance + node.attrs.get("epsilon", _DEFAULT_EPSILON))
+        affine = Affine(factor, bias - factor * mean, 1 - rank)
+    return AffineNode(node.inputs[0], affine) if affine.finite else "its scale and shift are not finite"
 
 
-def _scaled_conv(_node: gs.Node, weight: Channels, scale: Channels) -> Channels:
-    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+def _elementwise(node: gs.Node, overridable: Container[str]) -> AffineNode | str | None:
+    known = [is_constant(tensor) for tensor in node.inputs]
+    if known.count(True) != 1:
+        named = next((tensor for tensor in node.inputs if tensor.name in overridable), None)
+        return None if named is None else f"its operand {why_not_constant(named, overridable)}"
+    constant, source = node.inputs[known.index(True)], node.inputs[known.index(False)]
+    shape = known_dimensions(constant) if isinstance(constant, gs.Constant) else np.asarray(constant_of(constant)).shape
+    assert shape is not None  # of a constant
+    axes = [index - len(shape) for index, size in enumerate(shape) if size != 1]
+    if len(axes) > 1:
+        return f"its constant {constant.name} varies along {len(axes)} axes, not along the channels alone"
+    axis = axes[0] if axes else None
+    reason = _why_not_aligned(source, constant.name, tuple(size or 0 for size in shape), axis)
+    if reason is not None:
+        return reason
+    value = np.asarray(constant_of(constant))
+    if value.dtype.name not in _FLOATS:
+        return None
+    affine = _OF_OPERATOR[node.op](value.astype(np.float64).reshape(-1), constant is node.inputs[0], axis)
+    if affine is None:
+        return "a constant divided by x is not affine in x"
+    return AffineNode(source, affine) if affine.finite else f"its constant {constant.name} gives no finite factor"
 
 
-def _scaled_conv_transpose(node: gs.Node, weight: Channels, scale: Channels) -> Channels:
-    groups = node.attrs.get("group", 1)
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])  # [g, Cin/g, Cout/g, k...]
-    factors = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-    return (grouped * factors).reshape(weight.shape)
+def _why_not_aligned(source: gs.Tensor, name: str, shape: tuple[int, ...], axis: int | None) -> str | None:
+    """Say why the constant may change the shape of what it is combined with."""
+    rank = rank_of(source)
+    if len(shape) > (1 if rank is None and source.inputs else rank or 0):
+        return f"whether {source.name} has the {len(shape)} axes of its constant {name} is not known"
+    if axis is None:
+        return None
+    dimensions, source_node = known_dimensions(source), producer(source)
+    size = None if dimensions is None else dimensions[axis]
+    if size is None and source_node is not None and source_node.op in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+        return None  # the number of its output channels is compared where it folds
+    return None if size == shape[axis] else f"whether axis {axis} of {source.name} has size {shape[axis]} is not known"
 
 
-def _scaled_gemm(node: gs.Node, weight: Channels, scale: Channels) -> Channels:
-    return weight * (scale[:, np.newaxis] if node.attrs.get("transB", 0) else scale)
+def _product(value: Channels, _first: bool, axis: int | None) -> Affine:
+    return Affine(value, np.zeros_like(value), axis)
 
 
-def _scaled_matmul(_node: gs.Node, weight: Channels, scale: Channels) -> Channels:
-    return weight * scale
+def _quotient(value: Channels, first: bool, axis: int | None) -> Affine | None:
+    with np.errstate(divide="ignore"):
+        return None if first else Affine(1 / value, np.zeros_like(value), axis)
 
 
-_SCALED: dict[str, Callable[[gs.Node, Channels, Channels], Channels]] = {
-    "Conv": _scaled_conv,
-    "ConvTranspose": _scaled_conv_transpose,
-    "Gemm": _scaled_gemm,
-    "MatMul": _scaled_matmul,
-}
+def _sum(value: Channels, _first: bool, axis: int | None) -> Affine:
+    return Affine(np.ones_like(value), value, axis)
+
+
+def _difference(value: Channels, first: bool, axis: int | None) -> Affine:
+    return Affine(-np.ones_like(value), value, axis) if first else Affine(np.ones_like(value), -value, axis)
+
+
+_OF_OPERATOR = {"Mul": _product, "Div": _quotient, "Add": _sum, "Sub": _difference}

@@ -12,6 +12,7 @@ from graphopt.errors import PipelineError
 from graphopt.pass_base import Pass
 from graphopt.passes.calibrate import Calibrate
 from graphopt.passes.fold import Fold
+from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
@@ -23,6 +24,7 @@ from graphopt.passes.remove_identities import RemoveIdentities
 __all__ = [
     "Calibrate",
     "Fold",
+    "FoldAffine",
     "FoldBatchNorm",
     "FoldConstants",
     "FoldPad",
@@ -37,6 +39,7 @@ _OWN: tuple[type[Pass], ...] = (
     Fold,
     FoldConstants,
     FoldBatchNorm,
+    FoldAffine,
     FoldPad,
     RemoveIdentities,
     RemoveDeadNodes,

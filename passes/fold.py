@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.errors import PipelineError
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
@@ -57,6 +58,7 @@ class Fold(Pass):
             RemoveIdentities(),
             FoldConstants(max_growth=self.max_growth),
             FoldBatchNorm(),
+            FoldAffine(),
             FoldPad(),
             RemoveDeadNodes(),
         ]

@@ -1,0 +1,128 @@
+"""Weights that a model stores quantized: DequantizeLinear of constants, w = (q - zero_point) * scale.
+
+A factor f for each output channel goes into the scale, and q stays as it is:
+
+    f[o] * (q - zero_point) * scale[o]  =  (q - zero_point) * (f[o] * scale[o])
+
+A negative factor turns the sign of q - zero_point instead, since runtimes want scales above zero, and a factor of
+zero turns q into zero_point. (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from graphopt.affine import Channels
+from graphopt.graph import Array, Names, constant_of, is_constant, producer
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """The constants of a DequantizeLinear; scale and zero point have shape [] or [size of axis]."""
+
+    quantized: Array
+    scale: Array
+    zero_point: Array | None
+    axis: int | None  # None: one scale for the whole tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return tuple(self.quantized.shape)
+
+    def values(self) -> Array:
+        """Return the weight in the dtype of the scale."""
+        centred = self.quantized.astype(np.float64) - self.aligned_zero_point()
+        return np.asarray(centred * self._aligned(self.scale), self.scale.dtype)
+
+    def aligned_zero_point(self) -> NDArray[np.int64]:
+        """Return the zero point in the shape in which it broadcasts to the weight."""
+        return np.asarray(0 if self.zero_point is None else self._aligned(self.zero_point), np.int64)
+
+    def node(self, old: gs.Tensor, names: Names) -> gs.Node:
+        """Return a DequantizeLinear that computes it, named after the tensor whose place it takes."""
+        values = {"quantized": self.quantized, "scale": self.scale, "zero_point": self.zero_point}
+        inputs = [
+            gs.Constant(names.fresh(f"{old.name}/{role}"), value) for role, value in values.items() if value is not None
+        ]
+        output = gs.Variable(names.fresh(old.name), self.scale.dtype, list(self.shape))
+        attributes = {} if self.axis is None else {"axis": self.axis}
+        return gs.Node("DequantizeLinear", names.fresh(f"{old.name}/dequantize"), attributes, inputs, [output])
+
+    def _aligned(self, values: Array) -> Array:
+        if self.axis is None:
+            return values
+        return values.reshape(-1, *[1] * (len(self.shape) - 1 - self.axis))
+
+
+def why_not_dequantized(tensor: gs.Tensor) -> str | None:
+    """Say why a tensor is no DequantizeLinear of constants with one scale for the tensor or for each channel."""
+    node = producer(tensor)
+    if node is None or node.op != "DequantizeLinear" or node.domain:
+        return "is computed by no DequantizeLinear"
+    if not all(is_constant(each) for each in node.inputs if each.name):
+        return "is dequantized from what is computed at run time"
+    if np.dtype(node.inputs[0].dtype).kind not in "iu":
+        return "is stored in a type that numpy lacks"
+    if node.attrs.get("block_size", 0) or node.attrs.get("output_dtype", 0):
+        return "is dequantized in blocks, or to another type than that of its scale"
+    return None
+
+
+def dequantized(tensor: gs.Tensor) -> Dequantized:
+    """Return the constants of a tensor for which `why_not_dequantized` has no reason."""
+    node = producer(tensor)
+    assert node is not None  # why_not_dequantized
+    quantized, scale, *rest = (constant_of(each) for each in node.inputs if each.name)
+    assert quantized is not None
+    assert scale is not None
+    if scale.ndim == 0 or scale.size == 1:
+        zero_point = rest[0].reshape(()) if rest and rest[0] is not None else None
+        return Dequantized(quantized, scale.reshape(()), zero_point, None)
+    return Dequantized(quantized, scale, rest[0] if rest else None, int(node.attrs.get("axis", 1)) % quantized.ndim)
+
+
+def why_not_rescaled(weight: Dequantized, output_axis: int | None, scale: Channels, opset: int) -> str | None:
+    """Say why factors, one for all or one for each size of `output_axis`, cannot go into the scale."""
+    one = np.unique(scale).size == 1
+    if not one and output_axis is None:
+        return "its output channels are no axis of its quantized weight"
+    if not one and opset < 13:
+        return f"a DequantizeLinear of opset {opset} has one scale; raise the opset to 13"
+    if not one and weight.axis not in (None, output_axis):
+        return "its quantized weight has a scale along its input channels"
+    if (scale < 0).any() and _cannot_turn(weight):
+        return "a negative factor would take its quantized weight out of range"
+    return None
+
+
+def rescaled(weight: Dequantized, scale: Channels, output_axis: int) -> Dequantized:
+    """Return the weight times `scale`, one factor for each size of `output_axis`; see `why_not_rescaled`."""
+    if np.unique(scale).size == 1:
+        factors, axis, aligned = scale[0], weight.axis, scale[0]
+    else:
+        factors, axis = scale, output_axis
+        aligned = scale.reshape(-1, *[1] * (weight.quantized.ndim - 1 - output_axis))
+    magnitude = np.where(factors == 0, 1.0, np.abs(factors))
+    with np.errstate(over="ignore"):
+        new_scale = np.asarray(weight.scale.astype(np.float64) * magnitude, weight.scale.dtype)
+    zero_point = weight.zero_point
+    if zero_point is not None and axis is not None and zero_point.ndim == 0:
+        zero_point = np.full(new_scale.shape, zero_point)
+    quantized = weight.quantized
+    if (scale <= 0).any():
+        centre = weight.aligned_zero_point()
+        turned = centre + np.sign(aligned).astype(np.int64) * (quantized.astype(np.int64) - centre)
+        quantized = turned.astype(quantized.dtype)
+    return Dequantized(quantized, new_scale, zero_point, axis)
+
+
+def _cannot_turn(weight: Dequantized) -> bool:
+    centre = weight.aligned_zero_point()
+    turned = 2 * centre - weight.quantized.astype(np.int64)
+    limits = np.iinfo(weight.quantized.dtype)
+    return bool((turned < limits.min).any() or (turned > limits.max).any())
