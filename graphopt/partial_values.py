@@ -1,14 +1,15 @@
 """What is known of small integer tensors when some dimensions are not: the shape arithmetic that exporters write.
 
-With a dynamic batch, Shape gives [?, 3, 224, 224]: no constant, but the Gather that picks the 224 is one.
-Each tensor has a `PartialValue`: an integer array and a mask of the elements that hold for every input.
-Operators that move elements are applied to both; those that compute are applied to the values, and an element
-is known where all its operands are.
+With a dynamic batch, Shape gives [batch, 3, 224, 224]: no constant, but the Gather that picks the 224 is one, and the
+one that picks the batch gives the size of an axis that other tensors have too. Each tensor has a `PartialValue`: an
+integer array and a mask of the elements that hold for every input; the others are the number of the size that they
+stand for, or 0. Operators that move elements are applied to both; those that compute are applied to the values, and
+an element is known where all its operands are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graphopt.graph import Array, all_graphs, constant_of, present
+from graphopt.shapes import is_name
 
 MAX_ELEMENTS = 64  # a shape has a handful: larger tensors are data
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
@@ -27,7 +29,7 @@ _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 class PartialValue:
     """An integer tensor of which some elements are known: both arrays have the tensor's shape."""
 
-    values: Array  # of the tensor's dtype, int64 or int32; any value where not known
+    values: Array  # of the tensor's dtype, int64 or int32; where not known, a number of `ShapeValues.number` or 0
     known: NDArray[np.bool_]
 
     @property
@@ -36,24 +38,38 @@ class PartialValue:
         return bool(self.known.all())
 
 
-def partial_values(graph: gs.Graph) -> dict[int, PartialValue]:
-    """Return the partial values that shape arithmetic computes in `graph` and the graphs in it, by id of the tensor.
+class ShapeValues:
+    """The partial values of a graph and the graphs in it, and the sizes that they stand for."""
 
-    Nodes must be in topological order; shapes should have been inferred before.
-    """
-    found: dict[int, PartialValue] = {}
-    for each in all_graphs(graph):
-        for node in each.nodes:
-            rule = None if node.domain else _RULES.get(node.op)
-            if rule is None or len(present(node.outputs)) != 1:
-                continue
-            try:
-                value = rule(node, _Operands(node, found))
-            except (_UnknownError, ValueError, IndexError):  # more than this knows, or not valid: left for others
-                continue
-            if value.values.size <= MAX_ELEMENTS:
-                found[id(node.outputs[0])] = value
-    return found
+    def __init__(self, graph: gs.Graph) -> None:
+        """Compute them; nodes must be in topological order, and shapes should have been inferred before."""
+        self._values: dict[int, PartialValue] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._outputs = {id(output) for each in all_graphs(graph) for output in each.outputs}
+        for each in all_graphs(graph):
+            for node in each.nodes:
+                rule = None if node.domain else _RULES.get(node.op)
+                if rule is None or len(present(node.outputs)) != 1:
+                    continue
+                try:
+                    value = rule(node, _Operands(node, self))
+                except (_UnknownError, ValueError, IndexError):  # more than this knows, or not valid: left for others
+                    continue
+                if value.values.size <= MAX_ELEMENTS:
+                    self._values[id(node.outputs[0])] = value
+
+    def of(self, tensor: gs.Tensor) -> PartialValue | None:
+        """Return what is known of a computed tensor; None when that is nothing."""
+        return self._values.get(id(tensor))
+
+    def number(self, tensor: gs.Tensor, axis: int) -> int:
+        """Return the number of the size of an axis, above 0: equal numbers are equal sizes whatever the input.
+
+        The name of a size counts, but not on graph outputs, where exporters write any.
+        """
+        size = tensor.shape[axis] if tensor.shape is not None else None
+        named = is_name(size) and id(tensor) not in self._outputs
+        return self._numbers.setdefault(size if named else (id(tensor), axis), len(self._numbers) + 1)
 
 
 def dtype_of(attribute: object) -> np.dtype[Any] | None:
@@ -94,9 +110,9 @@ class _UnknownError(Exception):
 class _Operands:
     """The operands of one node: partial values where elements may be unknown, plain arrays where they may not."""
 
-    def __init__(self, node: gs.Node, found: Mapping[int, PartialValue]) -> None:
+    def __init__(self, node: gs.Node, found: ShapeValues) -> None:
         self._tensors = list(node.inputs)
-        self._found = found
+        self.found = found
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -106,8 +122,9 @@ class _Operands:
 
     def partial(self, index: int) -> PartialValue:
         tensor = self._tensors[index]
-        if id(tensor) in self._found:
-            return self._found[id(tensor)]
+        computed = self.found.of(tensor)
+        if computed is not None:
+            return computed
         if isinstance(tensor, gs.Constant) and tensor.dtype not in _INTEGERS:
             raise _UnknownError  # asked first: reading the value would load a weight
         value = constant_of(tensor)
@@ -129,15 +146,15 @@ def _moved(partial: PartialValue, move: Callable[[Array], Array]) -> PartialValu
     return PartialValue(np.asarray(move(partial.values)), np.asarray(move(partial.known)))
 
 
-def _shape(node: gs.Node, _operands: _Operands) -> PartialValue:
-    dimensions = known_dimensions(node.inputs[0])
+def _shape(node: gs.Node, operands: _Operands) -> PartialValue:
+    tensor = node.inputs[0]
+    dimensions = known_dimensions(tensor)
     if dimensions is None:
         raise _UnknownError
-    dimensions = dimensions[slice(node.attrs.get("start"), node.attrs.get("end"))]
-    return PartialValue(
-        np.array([dimension or 0 for dimension in dimensions], np.int64),
-        np.array([dimension is not None for dimension in dimensions], np.bool_),
-    )
+    axes = range(len(dimensions))[slice(node.attrs.get("start"), node.attrs.get("end"))]
+    sizes = [dimensions[axis] for axis in axes]
+    values = [operands.found.number(tensor, axis) if dimensions[axis] is None else dimensions[axis] for axis in axes]
+    return PartialValue(np.array(values, np.int64), np.array([size is not None for size in sizes], np.bool_))
 
 
 def _size(node: gs.Node, _operands: _Operands) -> PartialValue:
@@ -214,10 +231,17 @@ def _reshape(_node: gs.Node, operands: _Operands) -> PartialValue:
     return _moved(operands.partial(0), lambda array: array.reshape(shape))
 
 
-def _computed(compute: Callable[[Array, Array], Array]) -> _Rule:
+def _computed(compute: Callable[[Array, Array], Array], neutral: int, *, commutes: bool) -> _Rule:
+    """Return the rule of an operator with an operand that changes nothing, and so keeps what the other stands for."""
+
     def rule(_node: gs.Node, operands: _Operands) -> PartialValue:
         left, right = operands.partial(0), operands.partial(1)
-        return PartialValue(compute(left.values, right.values), left.known & right.known)
+        known = left.known & right.known
+        values = np.where(known, compute(left.values, right.values), 0)
+        values = np.where(~left.known & right.known & (right.values == neutral), left.values, values)
+        if commutes:
+            values = np.where(~right.known & left.known & (left.values == neutral), right.values, values)
+        return PartialValue(values.astype(left.values.dtype), known)
 
     return rule
 
@@ -228,11 +252,11 @@ def _quotient(left: Array, right: Array) -> Array:
     return np.asarray(np.sign(left) * np.sign(divisor) * (np.abs(left) // np.abs(divisor)))
 
 
-def _divide(_node: gs.Node, operands: _Operands) -> PartialValue:
-    left, right = operands.partial(0), operands.partial(1)
-    if np.any(right.known & (right.values == 0)):
+def _divide(node: gs.Node, operands: _Operands) -> PartialValue:
+    divisor = operands.partial(1)
+    if np.any(divisor.known & (divisor.values == 0)):
         raise _UnknownError
-    return PartialValue(_quotient(left.values, right.values), left.known & right.known)
+    return _computed(_quotient, 1, commutes=False)(node, operands)
 
 
 _RULES: dict[str, _Rule] = {
@@ -246,8 +270,8 @@ _RULES: dict[str, _Rule] = {
     "Squeeze": _squeeze,
     "Concat": _concat,
     "Reshape": _reshape,
-    "Add": _computed(np.add),
-    "Sub": _computed(np.subtract),
-    "Mul": _computed(np.multiply),
+    "Add": _computed(np.add, 0, commutes=True),
+    "Sub": _computed(np.subtract, 0, commutes=False),
+    "Mul": _computed(np.multiply, 1, commutes=True),
     "Div": _divide,
 }

@@ -101,9 +101,13 @@ def _size(size: TensorShapeProto.Dimension, symbols: set[str]) -> int | str | No
 def forget_unknown_sizes(graph: GraphProto) -> None:
     """Clear sizes such as -1, "?" and "unk__3": at their word, two unknown sizes would be equal."""
     for size in _sizes(graph):
-        made_up = size.dim_param.startswith("unk__") or not any(map(str.isalpha, size.dim_param))
-        if size.dim_value < 0 or (size.dim_param and made_up):
+        if size.dim_value < 0 or (size.dim_param and not is_name(size.dim_param)):
             size.Clear()
+
+
+def is_name(size: object) -> bool:
+    """Tell whether a size is a name that an exporter gave it, so that equal names mean equal sizes."""
+    return isinstance(size, str) and not size.startswith("unk__") and any(map(str.isalpha, size))
 
 
 def _sizes(graph: GraphProto) -> Iterator[TensorShapeProto.Dimension]:

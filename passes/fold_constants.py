@@ -44,7 +44,7 @@ from graphopt.graph import (
     set_input,
 )
 from graphopt.inline_branch import inline_branches
-from graphopt.partial_values import PartialValue, partial_values, static_shape
+from graphopt.partial_values import ShapeValues, static_shape
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 
 _RANDOM = {
@@ -105,27 +105,38 @@ def _store_constant_nodes(graph: gs.Graph, named: Set[int]) -> int:
 
 
 def _fold_known_values(root: gs.Graph, named: Set[int]) -> int:
-    found, names, count = partial_values(root), Names(root), 0
+    found, names, count = ShapeValues(root), Names(root), 0
     for graph in all_graphs(root):
+        values = {}
         folded = []
         for node in graph.nodes:
-            value = found.get(id(node.outputs[0])) if node.outputs else None
+            value = found.of(node.outputs[0]) if node.outputs else None
             if value is not None and value.complete and node.op != "Constant":
                 folded.append(node)
+                values[id(node.outputs[0])] = value.values
             elif node.op == "Reshape" and not node.domain:
-                count += _settle_reshape(node, found.get(id(node.inputs[1])), names)
-        values = {id(node.outputs[0]): found[id(node.outputs[0])].values for node in folded}
+                count += _settle_reshape(node, found, names)
         _replace(graph, folded, values, named)
         count += len(folded)
     return count
 
 
-def _settle_reshape(node: gs.Node, shape: PartialValue | None, names: Names) -> int:
-    """Write -1 for the one element of a Reshape's target that is not known: the others determine it."""
-    if shape is None or (~shape.known).sum() != 1 or np.any(shape.values[shape.known] <= 0):
+def _settle_reshape(node: gs.Node, found: ShapeValues, names: Names) -> int:
+    """Write 0 for an element of a Reshape's target that copies a size, and -1 for the one that the others determine."""
+    target = found.of(node.inputs[1])
+    if target is None or target.complete:
+        return 0  # what computes a complete one is folded
+    data, wanted = node.inputs[0], target.values.astype(np.int64)
+    copies = not node.attrs.get("allowzero", 0)
+    rank = 0 if data.shape is None else len(data.shape)
+    for axis in map(int, np.flatnonzero(~target.known)):
+        copied = copies and axis < rank and wanted[axis] and found.number(data, axis) == wanted[axis]
+        wanted[axis] = 0 if copied else -1
+    if (wanted < 0).sum() > 1 or np.any(wanted[target.known] < -1):
         return 0
-    target = np.where(shape.known, shape.values, -1).astype(np.int64)
-    set_input(node, 1, gs.Constant(names.fresh(f"{node.outputs[0].name}/shape"), target))
+    if (wanted < 0).any() and np.any(target.known & (wanted == 0)):
+        return 0  # an axis of size 0, and then the number of elements determines nothing
+    set_input(node, 1, gs.Constant(names.fresh(f"{node.outputs[0].name}/shape"), wanted))
     return 1
 
 
