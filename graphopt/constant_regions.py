@@ -2,11 +2,12 @@
 
 Folding a node stores its outputs unless only folded nodes read them, and lets a constant die once all its
 readers are folded. A set of folded nodes is thus a cut through the constant part of the graph: what crosses
-the cut is what the file holds. Two rules decide on each connected region:
+the cut is what the file holds. Connected regions are judged from the one that saves most to the one that
+grows most, and share one budget of bytes by which the model may grow:
 
-1.  Fold all of it when the bytes stored after exceed those that die by at most `max_growth`.
+1.  Fold all of a region when that grows the model by no more than what is left.
 2.  Else fold up to the cut that stores the fewest bytes, and of several such cuts the one nearest to the
-    uses. Tensors of at most `max_growth` bytes count as free there.
+    uses. Tensors of at most 4 KB count as free in the cut; the budget has the last word.
 
 So a Tile that is sliced afterwards folds, a ConstantOfShape that fills 4 MB does not, and the shape
 arithmetic before it does. The cut is a minimum s-t cut with the tensors as capacities (Ford and Fulkerson
@@ -26,6 +27,8 @@ import onnx_graphsurgeon as gs
 from graphopt.graph import present
 
 _SOURCE, _SINK = "constants", "uses"
+_SMALL = 4096  # bytes; a smaller tensor neither connects regions nor decides on a cut
+_ENTRY = 16  # bytes of an initializer besides its name and its values
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,29 @@ class Region:
         return [tensor for node in self.nodes for tensor in present(node.outputs) if id(tensor) in self.uses]
 
 
-def split(nodes: Sequence[gs.Node], named: Set[int], max_growth: int) -> list[Region]:
+@dataclass
+class Budget:
+    """The bytes by which a model may still grow."""
+
+    left: int
+
+    def allows(self, growth: int) -> bool:
+        """Take `growth` from what is left, unless that is less."""
+        if growth > self.left:
+            return False
+        self.left -= max(0, growth)
+        return True
+
+
+def split(nodes: Sequence[gs.Node], named: Set[int]) -> list[Region]:
     """Split constant nodes, given in topological order, into regions.
 
     Args:
         nodes: the nodes whose inputs are all constants or outputs of other nodes of the list.
         named: ids of the tensors whose value is needed beside what consumer lists show: graph outputs.
-        max_growth: bytes from which on a constant that several nodes read connects them: only together can
-            they let it die, as when a weight is cut into slices.
 
+    A constant of more than 4 KB connects the nodes that read it: only together can they let it die, as when a
+    weight is cut into slices.
     """
     inside = {id(node): node for node in nodes}
     links: nx.Graph = nx.Graph()
@@ -67,7 +84,7 @@ def split(nodes: Sequence[gs.Node], named: Set[int], max_growth: int) -> list[Re
         links.add_edges_from(
             (id(node), id(tensor))
             for tensor in node.inputs
-            if isinstance(tensor, gs.Constant) and tensor._values.nbytes > max_growth
+            if isinstance(tensor, gs.Constant) and tensor._values.nbytes > _SMALL
         )
     position = {key: index for index, key in enumerate(inside)}
     regions = []
@@ -87,8 +104,13 @@ def _uses(nodes: Iterable[gs.Node], inside: Set[int], named: Set[int]) -> set[in
     }
 
 
+def region_of(nodes: Sequence[gs.Node], named: Set[int]) -> Region:
+    """Return nodes, given in topological order, as one region, connected or not."""
+    return Region(tuple(nodes), _uses(nodes, {id(node) for node in nodes}, named))
+
+
 def growth(region: Region, sizes: Mapping[int, int]) -> int:
-    """Return the bytes by which the model grows when the whole region folds; negative when it shrinks.
+    """Return the bytes by which the file grows when the whole region folds; negative when it shrinks.
 
     Args:
         region: what would fold.
@@ -96,12 +118,19 @@ def growth(region: Region, sizes: Mapping[int, int]) -> int:
 
     """
     inside = {id(node) for node in region.nodes}
-    return sum(sizes[id(tensor)] for tensor in region.stored) - sum(
-        sizes[id(tensor)] for tensor in constants_read(region) if all(id(reader) in inside for reader in tensor.outputs)
-    )
+    dying = [tensor for tensor in constants_read(region) if all(id(reader) in inside for reader in tensor.outputs)]
+    entries = sum(sizes[id(tensor)] + len(tensor.name) + _ENTRY for tensor in region.stored)
+    entries -= sum(sizes[id(tensor)] + len(tensor.name) + _ENTRY for tensor in dying)
+    return entries - sum(map(_least_bytes, region.nodes))
 
 
-def smallest_cut(region: Region, sizes: Mapping[int, int], max_growth: int) -> set[int]:
+def _least_bytes(node: gs.Node) -> int:
+    """Return the bytes that a node fills in a file, without those of its attributes."""
+    names = (node.op, node.name, *(tensor.name for tensor in (*node.inputs, *node.outputs)))
+    return 2 + sum(len(name) + 2 for name in names)
+
+
+def smallest_cut(region: Region, sizes: Mapping[int, int]) -> set[int]:
     """Return the ids of the nodes to fold by rule 2; `sizes` holds every tensor of the region."""
     flow: nx.DiGraph = nx.DiGraph()
     flow.add_nodes_from((_SOURCE, _SINK))
@@ -109,7 +138,7 @@ def smallest_cut(region: Region, sizes: Mapping[int, int], max_growth: int) -> s
     flow.add_nodes_from(inside)
 
     def add(start: Hashable, tensor: gs.Tensor, readers: Iterable[Hashable]) -> None:
-        if sizes[id(tensor)] > max_growth:  # smaller ones are free: stored wherever that helps
+        if sizes[id(tensor)] > _SMALL:  # smaller ones are free: stored wherever that helps
             flow.add_edge(start, ("tensor", id(tensor)), capacity=sizes[id(tensor)])
             flow.add_edges_from((("tensor", id(tensor)), reader) for reader in readers)  # unlimited
 

@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.constant_regions import Region, constants_read, growth, smallest_cut, split
+from graphopt.constant_regions import Budget, Region, constants_read, growth, region_of, smallest_cut, split
 from graphopt.evaluate import evaluate
 from graphopt.graph import (
     Array,
@@ -69,7 +69,7 @@ class FoldConstants(Pass):
 
     max_growth: int = field(
         default=4096,
-        metadata={"help": "bytes by which a connected group of constant nodes may grow the model when folded"},
+        metadata={"help": "bytes by which folding constants may grow the model, all in all"},
     )
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
@@ -79,9 +79,9 @@ class FoldConstants(Pass):
         stored = sum(_store_constant_nodes(each, named) for each in all_graphs(graph))
         context.infer_shapes(graph)
         known = _fold_known_values(graph, named)
-        evaluated, skipped = 0, []
+        evaluated, skipped, budget = 0, [], Budget(self.max_growth)
         for each in all_graphs(graph):
-            count, skips = _fold_constant_nodes(each, named, self.max_growth)
+            count, skips = _fold_constant_nodes(each, named, budget)
             evaluated += count
             skipped += skips
         parts = {"branches": inlined, "constants": stored, "shape values": known, "evaluated": evaluated}
@@ -140,13 +140,16 @@ def _settle_reshape(node: gs.Node, found: ShapeValues, names: Names) -> int:
     return 1
 
 
-def _fold_constant_nodes(graph: gs.Graph, named: Set[int], max_growth: int) -> tuple[int, list[Skip]]:
-    nodes, values, skipped = _sizable(graph, list(_constant_nodes(graph)), named, max_growth)
+def _fold_constant_nodes(graph: gs.Graph, named: Set[int], budget: Budget) -> tuple[int, list[Skip]]:
+    nodes, values, skipped = _sizable(graph, list(_constant_nodes(graph)), named)
     folded: list[gs.Node] = []
     pending: list[gs.Node] = []
-    for region in split(nodes, named, max_growth):
+    regions = []
+    for region in split(nodes, named):
         sizes = {key: size for key, size in _sizes(region, values).items() if size is not None}  # all are known
-        chosen, skips = _choose(region, sizes, max_growth)
+        regions.append((growth(region, sizes), region, sizes))
+    for grown, region, sizes in sorted(regions, key=lambda each: each[0]):
+        chosen, skips = _choose(region, sizes, named, grown, budget)
         folded += chosen
         skipped += skips
         if not all(id(tensor) in values for node in chosen for tensor in present(node.outputs)):
@@ -205,13 +208,13 @@ def _in_numpy(dtype: object) -> bool:
 
 
 def _sizable(
-    graph: gs.Graph, nodes: list[gs.Node], named: Set[int], max_growth: int
+    graph: gs.Graph, nodes: list[gs.Node], named: Set[int]
 ) -> tuple[list[gs.Node], dict[int, Array], list[Skip]]:
     """Return the nodes whose outputs have a known size; where shape inference did not tell, they are evaluated."""
     small: list[gs.Node] = []
     large: list[gs.Node] = []
     skipped: list[Skip] = []
-    for region in split(nodes, named, max_growth):
+    for region in split(nodes, named):
         sizes = _sizes(region, {})
         biggest = max((size for size in sizes.values() if size is not None), default=0)
         if biggest > _MAX_EVALUATED_BYTES:
@@ -245,14 +248,22 @@ def _sizes(region: Region, values: Mapping[int, Array]) -> dict[int, int | None]
     return sizes
 
 
-def _choose(region: Region, sizes: Mapping[int, int], max_growth: int) -> tuple[list[gs.Node], list[Skip]]:
-    grown = growth(region, sizes)
-    if grown <= max_growth:
+def _choose(
+    region: Region, sizes: Mapping[int, int], named: Set[int], grown: int, budget: Budget
+) -> tuple[list[gs.Node], list[Skip]]:
+    if budget.allows(grown):
         return list(region.nodes), []
-    chosen = smallest_cut(region, sizes, max_growth)
-    kept = [node for node in region.nodes if id(node) not in chosen]
-    reason = f"folding it would grow the model by {grown} bytes, more than max_growth={max_growth}"
-    return [node for node in region.nodes if id(node) in chosen], [Skip(_label(kept[0]), reason)] if kept else []
+    left = budget.left
+    cut = smallest_cut(region, sizes)
+    chosen = [node for node in region.nodes if id(node) in cut]
+    if not budget.allows(growth(region_of(chosen, named), sizes)):
+        chosen = []
+    taken = {id(node) for node in chosen}
+    kept = next((node for node in region.nodes if id(node) not in taken), None)
+    if kept is None:
+        return chosen, []
+    reason = f"folding it would grow the model by {grown} bytes, of which max_growth leaves {left}"
+    return chosen, [Skip(_label(kept), reason)]
 
 
 def _evaluated(
