@@ -55,7 +55,7 @@ class Budget:
 
     def allows(self, growth: int) -> bool:
         """Take `growth` from what is left, unless that is less."""
-        if growth > self.left:
+        if growth > max(0, self.left):
             return False
         self.left -= max(0, growth)
         return True

@@ -59,6 +59,18 @@ def constant_of(tensor: gs.Tensor) -> Array | None:
     return None if source is None else _constant_node_value(source)
 
 
+def constants_in(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """Every constant of the graph and the graphs in it, once: initializers and the values of Constant nodes."""
+    seen: dict[int, gs.Constant] = {}
+    for each in all_graphs(graph):
+        for node in each.nodes:
+            for tensor in (*node.inputs, *node.attrs.values()):
+                if isinstance(tensor, gs.Constant):
+                    seen[id(tensor)] = tensor
+        seen.update((id(tensor), tensor) for tensor in each.outputs if isinstance(tensor, gs.Constant))
+    yield from seen.values()
+
+
 def _constant_source(tensor: gs.Tensor) -> gs.Constant | gs.Node | None:
     while not isinstance(tensor, gs.Constant):
         node = producer(tensor)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import all_graphs, bodies, is_constant, present
+from graphopt.graph import all_graphs, bodies, constants_in, is_constant, present
 from graphopt.macs import count_macs
 from graphopt.model_io import Model
 from graphopt.node_order import sorted_nodes
@@ -136,20 +136,8 @@ def _read(node: gs.Node) -> Iterator[gs.Tensor]:
 
 def _constants(model: Model) -> Iterator[gs.Constant]:
     """Every constant once: initializers, values of Constant nodes, defaults of inputs, nested ones too."""
-    seen: set[int] = set()
-    for constant in _constant_uses(model):
-        if id(constant) not in seen:
-            seen.add(id(constant))
-            yield constant
-
-
-def _constant_uses(model: Model) -> Iterator[gs.Constant]:
     yield from model.frame.defaults.values()
-    for graph in all_graphs(model.graph):
-        yield from (tensor for tensor in graph.outputs if isinstance(tensor, gs.Constant))
-        for node in graph.nodes:
-            yield from (tensor for tensor in node.inputs if isinstance(tensor, gs.Constant))
-            yield from (value for value in node.attrs.values() if isinstance(value, gs.Constant))
+    yield from constants_in(model.graph)
 
 
 def _stored_nbytes(constant: gs.Constant) -> int:

@@ -9,7 +9,7 @@ an input.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -23,7 +23,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from graphopt.errors import ModelError, OutputError
 from graphopt.files import atomic_path
 from graphopt.frame import Frame
-from graphopt.graph import all_graphs
+from graphopt.graph import constants_in
 from graphopt.graph_copy import copy_graph
 from graphopt.graph_export import export_model
 from graphopt.graph_import import import_model, without_weights
@@ -61,7 +61,7 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all distinct weights, those of branches, bodies and functions and default values included."""
-        constants = (*_all_constants(self.graph), *self.frame.defaults.values())
+        constants = (*_constants(self.graph), *self.frame.defaults.values())
         values = {id(constant._values): constant._values for constant in constants}
         return sum(each.nbytes for each in values.values())
 
@@ -209,7 +209,7 @@ def refuse_target(target: Path, *, overwrite: bool = False, protect: Collection[
 
 
 def _weight_files(graph: gs.Graph, frame: Frame) -> list[Path]:
-    values = (constant._values for constant in (*_all_constants(graph), *frame.defaults.values()))
+    values = (constant._values for constant in (*_constants(graph), *frame.defaults.values()))
     return list({each.file: None for each in values if isinstance(each, StoredTensor) and each.file})
 
 
@@ -221,13 +221,8 @@ def fits_one_file(model: Model | onnx.ModelProto) -> bool:
     return model.nbytes < PROTOBUF_LIMIT
 
 
-def _all_constants(graph: gs.Graph) -> Iterator[gs.Constant]:
-    for each in (graph, *graph.functions):
-        for inner in all_graphs(each):
-            for node in inner.nodes:
-                tensors = (*node.inputs, *node.attrs.values())
-                yield from (tensor for tensor in tensors if isinstance(tensor, gs.Constant))
-            yield from (tensor for tensor in inner.outputs if isinstance(tensor, gs.Constant))
+def _constants(graph: gs.Graph) -> list[gs.Constant]:
+    return [constant for each in (graph, *graph.functions) for constant in constants_in(each)]
 
 
 def _with_weights_in(file: BinaryIO, name: str, model: Model | onnx.ModelProto) -> onnx.ModelProto:

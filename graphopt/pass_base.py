@@ -51,6 +51,7 @@ class PassResult:
     skipped: tuple[Skip, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know besides: "opset raised from 11 to 13"
+    growth: int = 0  # bytes that it took of a budget by which the model may grow
 
 
 @dataclass(kw_only=True)

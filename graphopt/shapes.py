@@ -48,8 +48,10 @@ def hollow(proto: onnx.ModelProto) -> onnx.ModelProto:
     return shell
 
 
-def infer_shapes(graph: gs.Graph) -> None:
+def infer_shapes(graph: gs.Graph) -> int:
     """Fill in the dtype and shape of tensors, nested graphs included, where ONNX shape inference knows them.
+
+    Returns how many tensors it found something new about.
 
     Sizes that the graph states already stay; unknown ones and symbolic ones become what inference finds.
     Names that inference makes up for unknown sizes are dropped: in the next run the same name would mean
@@ -72,24 +74,28 @@ def infer_shapes(graph: gs.Graph) -> None:
     }
     interface = {id(tensor) for tensor in graph.inputs}
     interface |= {id(tensor) for tensor in graph.outputs if tensor.dtype is not None and tensor.shape is not None}
+    refined = 0
     for key, each in gs_graphs(graph):
         tensors = (*(tensor for node in each.nodes for tensor in node.outputs), *each.inputs, *each.outputs)
         for tensor in tensors:
             found = entries.get(key, {}).get(tensor.name)
             if found is not None and isinstance(tensor, gs.Variable) and id(tensor) not in interface:
-                _refine(tensor, found.type.tensor_type, symbols)
+                refined += _refine(tensor, found.type.tensor_type, symbols)
+    return refined
 
 
-def _refine(tensor: gs.Variable, found: TypeProto.Tensor, symbols: set[str]) -> None:
+def _refine(tensor: gs.Variable, found: TypeProto.Tensor, symbols: set[str]) -> bool:
+    before = tensor.dtype, tensor.shape
     if tensor.dtype is None and found.elem_type:
         tensor.dtype = get_onnx_tensor_dtype(ValueInfoProto(type=TypeProto(tensor_type=found)))
     if not found.HasField("shape"):
-        return
+        return bool(tensor.dtype != before[0])
     sizes = [_size(each, symbols) for each in found.shape.dim]
     if tensor.shape is None or len(tensor.shape) != len(sizes):
         tensor.shape = sizes
     else:
         tensor.shape = [old if new is None else new for old, new in zip(tensor.shape, sizes, strict=True)]
+    return (tensor.dtype, tensor.shape) != before
 
 
 def _size(size: TensorShapeProto.Dimension, symbols: set[str]) -> int | str | None:

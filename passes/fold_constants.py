@@ -85,7 +85,8 @@ class FoldConstants(Pass):
             evaluated += count
             skipped += skips
         parts = {"branches": inlined, "constants": stored, "shape values": known, "evaluated": evaluated}
-        return PassResult(rewrites=sum(parts.values()), skipped=tuple(skipped), parts=parts)
+        growth = self.max_growth - budget.left
+        return PassResult(rewrites=sum(parts.values()), skipped=tuple(skipped), parts=parts, growth=growth)
 
 
 def _store_constant_nodes(graph: gs.Graph, named: Set[int]) -> int:
