@@ -10,6 +10,7 @@ a branch *output* that names an outer tensor is an object of its own: `nested_ou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,12 @@ def all_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
 
 def bodies(node: gs.Node) -> list[gs.Graph]:
     """The graphs that a node holds as attributes: the branches of an If, the body of a Loop or a Scan."""
+    if not node.domain and node.op not in _HOLDERS:
+        return []  # the answer for nearly every node, and asked by every pass
     return [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+
+
+_HOLDERS = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # ONNX's operators with graphs as attributes
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
@@ -107,8 +113,11 @@ def named_tensors(root: gs.Graph) -> set[int]:
 
     A rewrite must keep these, and their names. Ids stay valid while the tensors are in the graph.
     """
+    named = {id(output) for graph in all_graphs(root) for output in graph.outputs}
     returned = nested_output_names(root)
-    return {id(output) for graph in all_graphs(root) for output in graph.outputs} | {
+    if not returned:
+        return named
+    return named | {
         id(tensor)
         for graph in all_graphs(root)
         for node in graph.nodes
@@ -206,12 +215,18 @@ class Names:
     """The tensor and node names that a graph uses, and new ones that clash with none of them."""
 
     def __init__(self, graph: gs.Graph) -> None:
-        self._used: set[str] = set()
-        for each in all_graphs(graph):
-            self._used.update(tensor.name for tensor in (*each.inputs, *each.outputs))
+        self._graph = graph
+
+    @cached_property
+    def _used(self) -> set[str]:
+        """The names, read when the first new one is asked for: most passes ask for none."""
+        used: set[str] = set()
+        for each in all_graphs(self._graph):
+            used.update(tensor.name for tensor in (*each.inputs, *each.outputs))
             for node in each.nodes:
-                self._used.add(node.name)
-                self._used.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+                used.add(node.name)
+                used.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+        return used
 
     def fresh(self, wanted: str) -> str:
         """`wanted`, or `wanted_1`, `wanted_2` ... if it is taken; the name is taken from now on."""

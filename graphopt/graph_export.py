@@ -7,6 +7,7 @@ attributes, renames the tensors it was loaded from, and copies a weight into eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from graphopt.frame import (
     is_uncarried,
     nested_key,
 )
-from graphopt.graph import present
 from graphopt.node_order import sorted_nodes
 from graphopt.protobuf import without
 from graphopt.stored_values import StoredSparseTensor, tensor_proto
@@ -56,6 +56,9 @@ def node_proto(node: gs.Node) -> NodeProto:
 def value_info_proto(tensor: gs.Tensor) -> ValueInfoProto:
     """Return what is known of a tensor: its name, and its type where the dtype is known."""
     return _entry(tensor, {})
+
+
+_NO_EXTRAS = NodeProto()
 
 
 class _Exporter:
@@ -160,15 +163,15 @@ class _Exporter:
         return proto
 
     def node(self, node: gs.Node, key: GraphKey, frame: GraphFrame) -> NodeProto:
-        extras = frame.extras_of(node) or NodeProto()
-        proto = without(extras, "attribute")
+        extras = frame.extras_of(node) or _NO_EXTRAS
+        proto = NodeProto() if extras is _NO_EXTRAS else without(extras, "attribute")
         proto.op_type = node.op
         if node.name:
             proto.name = node.name
         if node.domain is not None:
             proto.domain = node.domain
-        proto.input.extend(tensor.name for tensor in node.inputs)
-        proto.output.extend(tensor.name for tensor in node.outputs)
+        proto.input.extend([tensor.name for tensor in node.inputs])
+        proto.output.extend([tensor.name for tensor in node.outputs])
         loaded = {attribute.name: attribute for attribute in extras.attribute}
         for name, value in node.attrs.items():
             if isinstance(value, gs.Graph):
@@ -269,7 +272,7 @@ def _entry(tensor: gs.Tensor, loaded: dict[str, TensorEntry]) -> ValueInfoProto:
         if kind == "optional_type":
             proto.type.CopyFrom(helper.make_optional_type_proto(tensor.dtype))
         return proto
-    dtype = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    dtype = tensor.dtype if isinstance(tensor.dtype, int) else _data_type(np.dtype(tensor.dtype))
     if kind == "sequence_type":
         proto.type.CopyFrom(helper.make_sequence_type_proto(helper.make_tensor_type_proto(dtype, shape)))
     elif kind == "sparse_tensor_type":
@@ -279,16 +282,21 @@ def _entry(tensor: gs.Tensor, loaded: dict[str, TensorEntry]) -> ValueInfoProto:
     return proto
 
 
+@cache
+def _data_type(dtype: np.dtype[Any]) -> int:
+    return helper.np_dtype_to_tensor_dtype(dtype)
+
+
 def _value_info(graph: gs.Graph, nodes: list[gs.Node], frame: GraphFrame) -> Iterator[ValueInfoProto]:
     """Yield what is known of tensors that are no inputs or outputs; of weights only loaded entries."""
     interface = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
-    tensors = {tensor.name: tensor for node in nodes for tensor in (*node.inputs, *present(node.outputs))}
-    for name, tensor in tensors.items():
-        foreign = not isinstance(tensor, gs.Constant) and not tensor.inputs
-        if name in interface or foreign:
+    for tensor in {id(tensor): tensor for node in nodes for tensor in (*node.inputs, *node.outputs)}.values():
+        name, is_weight = tensor.name, isinstance(tensor, gs.Constant)
+        foreign = not is_weight and not tensor.inputs
+        if name in interface or foreign or (is_weight and name not in frame.value_info):
             continue
         entry = _entry(tensor, frame.value_info)
-        if entry.HasField("type") and (name in frame.value_info or not isinstance(tensor, gs.Constant)):
+        if entry.HasField("type"):
             yield entry
 
 

@@ -61,9 +61,8 @@ def infer_shapes(graph: gs.Graph) -> int:
         ModelError: the graph has a cycle, a value that ONNX cannot express, or a node that no operator fits.
 
     """
-    proto = hollow(export_model(graph, Frame(), _header))
-    forget_unknown_sizes(proto.graph)
-    symbols = {size.dim_param for size in _sizes(proto.graph)}
+    proto = export_model(graph, Frame(), _header)
+    symbols = forget_unknown_sizes(proto.graph)
     try:
         inferred = shape_inference.infer_shapes(proto, data_prop=True)
     except shape_inference.InferenceError as error:  # even without strict mode, of a node with too few inputs
@@ -104,11 +103,21 @@ def _size(size: TensorShapeProto.Dimension, symbols: set[str]) -> int | str | No
     return size.dim_param if size.dim_param in symbols else None
 
 
-def forget_unknown_sizes(graph: GraphProto) -> None:
-    """Clear sizes such as -1, "?" and "unk__3": at their word, two unknown sizes would be equal."""
+def forget_unknown_sizes(graph: GraphProto) -> set[str]:
+    """Clear sizes such as -1, "?" and "unk__3": at their word, two unknown sizes would be equal.
+
+    Returns the names of sizes that stay.
+    """
+    names: set[str] = set()
     for size in _sizes(graph):
-        if size.dim_value < 0 or (size.dim_param and not is_name(size.dim_param)):
+        if size.dim_value > 0:
+            continue
+        name = size.dim_param
+        if size.dim_value < 0 or (name and not is_name(name)):
             size.Clear()
+        elif name:
+            names.add(name)
+    return names
 
 
 def is_name(size: object) -> bool:
