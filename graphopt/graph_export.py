@@ -81,7 +81,7 @@ class _Exporter:
             if value := getattr(self._graph, field):
                 setattr(model, field, value)
         model.functions.extend(self._function(function) for function in self._graph.functions)
-        model.graph.CopyFrom(self._graph_proto(self._graph, ()))
+        self._write_graph(model.graph, self._graph, ())
         self._write_defaults(model)
         return model
 
@@ -98,9 +98,9 @@ class _Exporter:
                 if tensor.name not in inputs
             )
 
-    def _graph_proto(self, graph: gs.Graph, key: GraphKey) -> GraphProto:
+    def _write_graph(self, proto: GraphProto, graph: gs.Graph, key: GraphKey) -> None:
+        """Write a graph into an empty proto; one of its own would be copied whole into the model."""
         frame = self._frame.graphs.get(key) or GraphFrame()
-        proto = GraphProto()
         proto.CopyFrom(frame.header)
         del proto.quantization_annotation[:]
         proto.name = graph.name or "graph"
@@ -122,7 +122,6 @@ class _Exporter:
             if annotation.tensor_name in names
             and names.issuperset(entry.value for entry in annotation.quant_parameter_tensor_names)
         )
-        return proto
 
     def _write_initializer(self, proto: GraphProto, constant: gs.Constant, frame: GraphFrame) -> None:
         sparse = frame.sparse.get(constant.name)
@@ -175,8 +174,8 @@ class _Exporter:
         loaded = {attribute.name: attribute for attribute in extras.attribute}
         for name, value in node.attrs.items():
             if isinstance(value, gs.Graph):
-                nested = self._graph_proto(value, nested_key(key, node, name))
-                proto.attribute.append(helper.make_attribute(name, nested))
+                nested = proto.attribute.add(name=name, type=AttributeProto.GRAPH)
+                self._write_graph(nested.g, value, nested_key(key, node, name))
             elif name in loaded and _is_empty_list(value):
                 proto.attribute.append(loaded[name])
             else:

@@ -8,6 +8,7 @@ an input.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from graphopt.graph import constants_in
 from graphopt.graph_copy import copy_graph
 from graphopt.graph_export import export_model
 from graphopt.graph_import import import_model, without_weights
+from graphopt.model_writer import write_model
 from graphopt.protobuf import without
 from graphopt.stored_values import VALUE_FIELDS, StoredTensor, stored_bytes, tensor_proto
 
@@ -112,7 +114,8 @@ def _read_proto(path: Path) -> onnx.ModelProto:
     try:
         if path.stat().st_size >= 2**31:
             raise ModelError(f"{path}: larger than 2 GB, which no protobuf can be; it is damaged or no ONNX model")
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except OSError as error:
@@ -120,20 +123,22 @@ def _read_proto(path: Path) -> onnx.ModelProto:
     if not content:
         raise ModelError(f"{path}: is empty; export or download the model again")
     try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(
+            memoryview(content)
+        )  # parsed from the file itself: no copy in memory
     except DecodeError:
-        raise ModelError(f"{path}: {_what_it_is(content)}") from None
+        raise ModelError(f"{path}: {_what_it_is(content[:1024])}") from None
     if not proto.HasField("graph") or (proto.ir_version >= 3 and not proto.opset_import):
-        raise ModelError(f"{path}: {_what_it_is(content)}")
+        raise ModelError(f"{path}: {_what_it_is(content[:1024])}")
     return proto
 
 
-def _what_it_is(content: bytes) -> str:
-    """Say what a file that is no model seems to be."""
-    if content.startswith(b"version https://git-lfs"):
+def _what_it_is(start: bytes) -> str:
+    """Say what a file that is no model seems to be, from its first bytes."""
+    if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the model; run `git lfs pull`"
     try:
-        content[:1024].decode("ascii")
+        start.decode("ascii")
     except UnicodeDecodeError:
         return "is no ONNX model, or its end is missing; export or download it again"
     return "is a text file, not an ONNX model; give the binary .onnx file"
@@ -164,9 +169,11 @@ def save_model(
         protected += [*model.files, *_weight_files(model.graph, model.frame)]
     refuse_target(target, overwrite=overwrite, protect=protected)
     if fits_one_file(model):
-        proto = model.to_proto() if isinstance(model, Model) else model
-        with atomic_path(target) as temporary:
-            temporary.write_bytes(proto.SerializeToString())
+        with atomic_path(target) as temporary, temporary.open("wb") as file:
+            if isinstance(model, Model):
+                write_model(file, model.graph, model.frame)
+            else:
+                file.write(model.SerializeToString())
         return
     data = target.with_name(target.name + ".data")
     refuse_target(data, overwrite=overwrite, protect=protected)

@@ -27,6 +27,9 @@ Array = NDArray[Any]
 Runnable = Model | onnx.ModelProto | Path
 Result = TypeVar("Result")
 
+_LEAST_SHARED = (
+    2**20
+)  # bytes of weights from which on onnxruntime reads them in place, and not from a copy of the model
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
@@ -195,7 +198,7 @@ def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[
     weights: dict[str, ort.OrtValue] = {}
     if isinstance(model, onnx.ModelProto):
         proto = without(model) if extra_outputs else model
-    elif fits_one_file(model):
+    elif model.nbytes < _LEAST_SHARED:
         proto = model.to_proto()
     else:
         proto, weights = share_weights(model)

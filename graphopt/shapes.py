@@ -22,6 +22,7 @@ from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype
 from graphopt.errors import ModelError
 from graphopt.frame import Frame, gs_graphs, proto_graphs
 from graphopt.graph_export import export_model
+from graphopt.model_io import Model
 from graphopt.protobuf import all_graph_protos, without
 from graphopt.stored_values import data_type_of, stored_bytes, tensor_proto
 
@@ -46,6 +47,11 @@ def hollow(proto: onnx.ModelProto) -> onnx.ModelProto:
         if name not in inputs
     )
     return shell
+
+
+def hollow_model(model: Model) -> onnx.ModelProto:
+    """Return a model as `hollow` makes it, without reading its large weights first."""
+    return hollow(export_model(model.graph, model.frame, _header))
 
 
 def infer_shapes(graph: gs.Graph) -> int:

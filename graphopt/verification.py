@@ -18,7 +18,7 @@ from graphopt.feeds import Feed
 from graphopt.model_io import Model
 from graphopt.pass_base import Effect
 from graphopt.runtime import Array, Session, arrays_in, open_session
-from graphopt.shapes import hollow
+from graphopt.shapes import hollow_model
 
 Outputs = list[dict[str, Any]]  # by sample, by output name; what a session returns
 
@@ -50,10 +50,9 @@ def examine(model: Model, feeds: Sequence[Feed], session: Session | None = None)
     Raises:
         ModelError: onnxruntime does not load or run it.
     """
-    proto = model.to_proto()
-    session = session or open_session(proto)
+    session = session or open_session(model)
     outputs = [session.run(feed) for feed in feeds]
-    shell = hollow(proto)
+    shell = hollow_model(model)
     return Verdict(_checker_objection(shell), _shape_objection(shell), outputs)
 
 

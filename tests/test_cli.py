@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from full_disk import fill_the_disk
 
 from graphopt.cli import FAILED, INTERRUPTED, OK, WRONG, main
 from graphopt.passes import Calibrate
@@ -213,10 +214,7 @@ def test_a_file_where_a_folder_should_be_is_one_clear_line(folder, capsys):
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, capsys, monkeypatch):
-    def full(self, content):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    fill_the_disk(monkeypatch)
     assert main(["optimize", "net.onnx", "--passes", "fold"]) == WRONG
     assert "No space left on device" in capsys.readouterr().err
     assert files(folder) == ["net.onnx"]

@@ -7,6 +7,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
+from full_disk import fill_the_disk
 from onnx import TensorProto, helper, numpy_helper
 from zoo import NAMES, zoo_feed, zoo_model
 
@@ -513,14 +514,14 @@ def test_folders_that_cannot_take_the_result_are_refused(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    fill_the_disk(monkeypatch)
     for limit in (model_io.PROTOBUF_LIMIT, 1):
         monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", limit)
         with pytest.raises(OutputError, match="No space left on device"):
             save_model(small(), tmp_path / "out.onnx")
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(OutputError, match="No space left on device"):
+            save_model(load_model(small()), tmp_path / "out.onnx")
         assert not list(tmp_path.iterdir())
 
 
