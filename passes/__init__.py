@@ -17,9 +17,19 @@ from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
 from graphopt.passes.freeze_inputs import FreezeInputs
+from graphopt.passes.fuse_gemm import FuseGemm
+from graphopt.passes.inline_functions import InlineFunctions
 from graphopt.passes.insert_qdq import InsertQdq
+from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
+from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializers
+from graphopt.passes.merge_parallel_convs import MergeParallelConvs
+from graphopt.passes.merge_reshapes import MergeReshapes
+from graphopt.passes.merge_transposes import MergeTransposes
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
+from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
+from graphopt.passes.replace_concat import ReplaceConcat
+from graphopt.passes.replace_sum import ReplaceSum
 
 __all__ = [
     "Calibrate",
@@ -29,19 +39,39 @@ __all__ = [
     "FoldConstants",
     "FoldPad",
     "FreezeInputs",
+    "FuseGemm",
+    "InlineFunctions",
     "InsertQdq",
+    "MergeCommonSubexpressions",
+    "MergeDuplicateInitializers",
+    "MergeParallelConvs",
+    "MergeReshapes",
+    "MergeTransposes",
     "RemoveDeadNodes",
+    "RemoveDefaultInputs",
     "RemoveIdentities",
+    "ReplaceConcat",
+    "ReplaceSum",
     "registry",
 ]
 
 _OWN: tuple[type[Pass], ...] = (
     Fold,
+    InlineFunctions,
+    RemoveIdentities,
     FoldConstants,
+    RemoveDefaultInputs,
+    ReplaceConcat,
+    MergeDuplicateInitializers,
+    MergeCommonSubexpressions,
+    MergeReshapes,
+    MergeTransposes,
     FoldBatchNorm,
     FoldAffine,
+    MergeParallelConvs,
+    ReplaceSum,
+    FuseGemm,
     FoldPad,
-    RemoveIdentities,
     RemoveDeadNodes,
     FreezeInputs,
     Calibrate,

@@ -21,8 +21,18 @@ from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
+from graphopt.passes.fuse_gemm import FuseGemm
+from graphopt.passes.inline_functions import InlineFunctions
+from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
+from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializers
+from graphopt.passes.merge_parallel_convs import MergeParallelConvs
+from graphopt.passes.merge_reshapes import MergeReshapes
+from graphopt.passes.merge_transposes import MergeTransposes
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
+from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
+from graphopt.passes.replace_concat import ReplaceConcat
+from graphopt.passes.replace_sum import ReplaceSum
 from graphopt.shapes import infer_shapes, is_name
 
 _MAX_ROUNDS = 20  # of all members; real models need two to four
@@ -63,10 +73,20 @@ class Fold(Pass):
 
 
 _MEMBERS: tuple[type[Pass], ...] = (
+    InlineFunctions,
     RemoveIdentities,
     FoldConstants,
+    RemoveDefaultInputs,
+    ReplaceConcat,
+    MergeDuplicateInitializers,
+    MergeCommonSubexpressions,
+    MergeReshapes,
+    MergeTransposes,
     FoldBatchNorm,
     FoldAffine,
+    MergeParallelConvs,
+    ReplaceSum,
+    FuseGemm,
     FoldPad,
     RemoveDeadNodes,
 )

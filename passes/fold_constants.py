@@ -44,19 +44,10 @@ from graphopt.graph import (
     set_input,
 )
 from graphopt.inline_branch import inline_branches
+from graphopt.operators import QUANTIZING, RANDOM
 from graphopt.partial_values import ShapeValues, static_shape
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 
-_RANDOM = {
-    "Bernoulli",
-    "Dropout",  # where it is not random it is an identity: remove-identities
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
-_BARRIERS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _MAX_EVALUATED_BYTES = 2**30  # of one tensor on the way to a result
 
 
@@ -184,7 +175,7 @@ def _is_stored(tensor: gs.Tensor) -> bool:
 
 
 def _is_foldable(node: gs.Node, opset: int) -> bool:
-    if node.domain or node.op in _RANDOM | _BARRIERS or bodies(node):
+    if node.domain or node.op in RANDOM | QUANTIZING or bodies(node):
         return False
     outputs = present(node.outputs)
     return _returns_tensors(node.op, opset) and all(

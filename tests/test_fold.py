@@ -70,7 +70,7 @@ def test_leaves_out_a_member(member, op):
 
 
 def test_refuses_to_skip_what_is_no_member():
-    with pytest.raises(PipelineError, match=r"skip=fold-conv is none of its members; they are remove-identities, "):
+    with pytest.raises(PipelineError, match=r"skip=fold-conv is none of its members; they are inline-functions, "):
         Fold(skip=("fold-conv",))
 
 
@@ -92,7 +92,7 @@ def test_weights_that_are_filled_at_run_time_stay_so(name):
     path = _LIGHT / f"light_{name}.onnx"
     model = load_model(path)
     result = Fold().apply(model.graph, Context())
-    assert model.to_proto().ByteSize() < 6 * path.stat().st_size  # folded blindly: some 100 to 1000 times
+    assert model.to_proto().ByteSize() <= path.stat().st_size + Fold().max_growth  # folded blindly: 100 to 1000 times
     assert any("would grow the model" in skip.reason for skip in result.skipped)
 
 

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import numpy as np
@@ -7,6 +8,7 @@ from comparing import apply_and_compare, build, ops
 
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
+from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_identities import RemoveIdentities
 
 
@@ -17,7 +19,7 @@ def _text(body, x="float[N,3,4]", y="float[A,B,C]", opset=17):
 def _remaining(step, constants=None, **text):
     """Operators that are left of a step between two Abs."""
     body = f"a = Abs (x) {step} y = Abs (b)"
-    _, model = apply_and_compare(_text(body, **text), RemoveIdentities(), constants=constants)
+    _, model = apply_and_compare(_text(body, **text), RemoveIdentities(), constants=constants, tolerance=0)
     return ops(model) - Counter({"Abs": 2})
 
 
@@ -50,13 +52,60 @@ _REMOVED = {
     "x * 1": ("b = Mul (a, k)", {"k": _ONES}),
     "1 * x": ("b = Mul (k, a)", {"k": np.float32(1)}),
     "x / 1": ("b = Div (a, k)", {"k": _ONES}),
+    "x ** 1": ("b = Pow (a, k)", {"k": _ONES}),
+    "x ** 1 of another type": ("b = Pow (a, k)", {"k": np.array(1, np.int64)}),
+    "Expand to 1": ("b = Expand (a, s)", {"s": _int64(1, 1, 1)}),
+    "Expand to its own size": ("b = Expand (a, s)", {"s": _int64(3, 1)}),
+    "Tile by 1": ("b = Tile (a, s)", {"s": _int64(1, 1, 1)}),
+    "Concat with nothing": ("b = Concat <axis = -2> (k, a, k)", {"k": np.ones((2, 0, 4), np.float32)}),
+    "Split into one": ("b = Split <axis = 1> (a)", {}),
+    "Split into one of a stated size": ("b = Split <axis = 1> (a, s)", {"s": _int64(3)}),
+    "Unsqueeze of no axis": ("b = Unsqueeze (a, s)", {"s": _int64()}),
+    "Gather in order": ("b = Gather <axis = 1> (a, s)", {"s": _int64(0, 1, 2)}),
+    "ReduceSum of no axis": ("b = ReduceSum <noop_with_empty_axes = 1> (a)", {}),
+    "Where that is true": ("b = Where (c, a, k)", {"c": np.array([True]), "k": _ONES}),
+    "Where that is false": ("b = Where (c, k, a)", {"c": np.zeros((3, 4), bool), "k": _ONES}),
+    "Relu of Relu": ("c = Relu (a) d = Relu (c) b = Mul (c, d)", {}),
+    **{f"Relu of {op}": (f"c = {op} (a) b = Relu (c)", {}) for op in ("Sigmoid", "Softmax", "Exp", "Softplus")},
+    "Relu of Clip": ("c = Clip (a, k) b = Relu (c)", {"k": np.float32(0.5)}),
+    "Neg of Neg": ("c = Neg (a) d = Neg (c) b = Mul (c, d)", {}),
+    "Resize by 1": ("b = Resize (a, , s)", {"s": np.ones(3, np.float32)}),
 }
 
 
-@pytest.mark.parametrize("case", _REMOVED)
-def test_removes(case):
+_FROM, _UNTIL = {"CastLike": 15}, {"Split into one": 17}
+
+
+@pytest.mark.parametrize(
+    ("case", "opset"),
+    [
+        (case, opset)
+        for case in _REMOVED
+        for opset in (13, 17, 23)
+        if _FROM.get(case, 0) <= opset <= _UNTIL.get(case, opset)
+    ],
+)
+def test_removes(case, opset):
     step, constants = _REMOVED[case]
-    assert not _remaining(step, constants)
+    rest = {"Relu of Relu": ["Relu", "Mul"], "Neg of Neg": ["Neg", "Mul"]}.get(case, re.findall("Relu of (.*)", case))
+    assert _remaining(step, constants, opset=opset) == Counter(rest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("bool", "c = Not (a) d = Not (c) b = And (c, d)"),
+        ("bool", "d = And (a, yes) e = Or (no, d) c = Not (e) b = And (c, e)"),
+        ("bool", "c = Not (a) d = Not (c) e = Not (d) b = And (e, d)"),
+    ],
+)
+def test_removes_of_bools(kind, step):
+    constants = {"yes": np.array(True), "no": np.zeros((1, 4), bool)} if "yes" in step else {}
+    body = f"a = Greater (x, z) {step} y = Cast <to = 1> (b)"
+    _, model = apply_and_compare(
+        _text(body), RemoveIdentities(), RemoveDeadNodes(), constants=constants | {"z": np.float32(0)}
+    )
+    assert ops(model) == {"Greater": 1, "Not": 1, "And": 1, "Cast": 1}
 
 
 _KEPT = {
@@ -78,6 +127,34 @@ _KEPT = {
     "1 / x": ("b = Div (k, a)", {"k": _ONES}),
     "x * 2": ("b = Mul (a, k)", {"k": 2 * _ONES}),
     "x + 0 that adds an axis": ("b = Add (a, k)", {"k": np.zeros((1, 1, 1, 1), np.float32)}),
+    "x ** 2": ("b = Pow (a, k)", {"k": 2 * _ONES}),
+    "1 ** x": ("b = Pow (k, a)", {"k": _ONES}),
+    "Expand of an unknown size": ("b = Expand (a, s)", {"s": _int64(2, 3, 4)}),
+    "Expand that adds an axis": ("b = Expand (a, s)", {"s": _int64(1, 1, 1, 1)}),
+    "Expand to a computed shape": ("s = Shape (a) b = Expand (a, s)", {}),
+    "Tile by 2": ("b = Tile (a, s)", {"s": _int64(1, 2, 1)}),
+    "Concat with something": ("b = Concat <axis = 1> (k, a)", {"k": np.ones((2, 1, 4), np.float32)}),
+    "Squeeze of unknown axes": ("b = Squeeze (a)", {}),
+    "Gather of other order": ("b = Gather <axis = 1> (a, s)", {"s": _int64(0, 2, 1)}),
+    "Gather of less": ("b = Gather <axis = 1> (a, s)", {"s": _int64(0, 1)}),
+    "Gather of an unknown size": ("b = Gather <axis = 0> (a, s)", {"s": _int64(0, 1)}),
+    "ReduceSum of all axes": ("c = ReduceSum (a) b = Add (c, a)", {}),
+    "Where that broadcasts": (
+        "c = ReduceMax (a) b = Where (t, c, k)",
+        {"t": np.array([True]), "k": np.ones((2, 3, 4), np.float32)},
+    ),
+    "Where that differs": ("b = Where (t, a, k)", {"t": np.array([True] * 3 + [False]), "k": _ONES}),
+    "Where of an unknown shape": ("c = Neg (a) b = Where (t, a, c)", {"t": np.array([True])}),
+    "Relu of Tanh": ("c = Tanh (a) b = Relu (c)", {}),
+    "Relu of a Clip below zero": ("c = Clip (a, k) b = Relu (c)", {"k": np.float32(-0.5)}),
+    "Relu of a Clip without a lowest": ("c = Clip (a, , k) b = Relu (c)", {"k": np.float32(0.5)}),
+    "Neg of Abs": ("c = Abs (a) b = Neg (c)", {}),
+    "Clip without bounds": ("b = Clip (a)", {}),
+    "Resize by 2": ("b = Resize (a, , s)", {"s": np.array([1, 1, 2], np.float32)}),
+    "Resize of a crop": (
+        'b = Resize <coordinate_transformation_mode = "tf_crop_and_resize"> (a, r, s)',
+        {"s": np.ones(3, np.float32), "r": np.array([0, 0, 0, 1, 1, 0.5], np.float32)},
+    ),
     "x * 1 that broadcasts": ("c = ReduceMax <axes = [2]> (a) b = Mul (c, k)", {"k": _ONES}),
 }
 
@@ -107,6 +184,48 @@ def test_keeps_a_dropout_that_trains_or_whose_mask_is_used():
     assert _remaining("b = Dropout (a, r, t)", constants) == {"Dropout": 1}
     step = "c, m = Dropout (a, r) n = Cast <to = 1> (m) b = Mul (c, n)"
     assert _remaining(step, {"r": constants["r"]}) == {"Dropout": 1, "Cast": 1, "Mul": 1}
+
+
+def test_removes_a_squeeze_without_axes_of_size_one():
+    assert not _remaining("b = Squeeze (a)", x="float[2,3,4]")
+    assert _remaining("b = Squeeze (a)", x="float[2,1,3,4]") == {"Squeeze": 1}
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11, 13, 18, 23])
+def test_removes_what_is_not_negative_in_each_opset(opset):
+    clip = "c = Clip <min = 0.0, max = 6.0> (a)" if opset < 11 else "c = Clip (a, low)"
+    constants = {} if opset < 11 else {"low": np.float32(0)}
+    step = f"{clip} d = Relu (c) e = Relu (d) f = Neg (e) b = Neg (f)"
+    _, model = apply_and_compare(
+        _text(f"a = Abs (x) {step} y = Abs (b)", opset=opset),
+        RemoveIdentities(),
+        RemoveDeadNodes(),
+        constants=constants,
+    )
+    assert ops(model) == {"Abs": 2, "Clip": 1}
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11])
+def test_removes_in_old_opsets(opset):
+    step = "c = Expand (a, s) d = Tile (c, s) e = Split <axis = 1> (d) f = Pow (e, one) b = Neg (f)"
+    constants = {"s": _int64(1, 1, 1), "one": np.float32(1)}
+    if opset > 9:
+        step += " g = Resize (b, scales)" if opset == 10 else " g = Resize (b, r, scales)"
+        step = step.replace("b = Neg (f)", "h = Neg (f)").replace("Resize (b", "Resize (h").replace("g = ", "b = ")
+        constants |= {"scales": np.ones(3, np.float32)} | ({"r": np.ones(6, np.float32)} if opset == 11 else {})
+    assert _remaining(step, constants, opset=opset) == {"Neg": 1}
+
+
+def test_removes_reductions_of_no_axis_whose_result_all_opsets_agree_on():
+    axes = {"s": _int64()}
+    assert not _remaining("b = ReduceMean <noop_with_empty_axes = 1> (a, s)", axes, opset=18)
+    square = "b = ReduceSumSquare <noop_with_empty_axes = 1> (a, s)"
+    assert _remaining(square, axes, opset=18) == {"ReduceSumSquare": 1}
+
+
+def test_of_neg_of_neg_that_is_an_output_the_source_computes_it():
+    _, model = apply_and_compare(_text("a = Abs (x) b = Neg (a) y = Neg (b)"), RemoveIdentities(), RemoveDeadNodes())
+    assert ops(model) == {"Abs": 1}
 
 
 @pytest.mark.parametrize("opset", [9, 10])
