@@ -3,17 +3,21 @@
 The whole model is never serialised: constants are fed by reference, only the nodes travel. All nodes go into
 one onnxruntime session with its optimizations off, so that the values are those the model itself would
 compute. When that session fails, the list is halved until the node that fails stands alone; the others are
-still evaluated.
+still evaluated. Operators that move elements, on types that onnxruntime takes nowhere from numpy (bfloat16, float8,
+int4, strings), are evaluated by onnx's reference implementation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
+from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from graphopt.graph import Array, present
@@ -51,19 +55,41 @@ def evaluate(
     wanted_ids = {id(tensor) for tensor in wanted}
     known = dict(constants)
     failures: dict[int, str] = {}
-    pending = [list(nodes)]
+    pending = [list(run) for _, run in groupby(nodes, is_evaluated_by_reference)][::-1]  # a stack: the first is next
     while pending:
         part = _computable(pending.pop(), known)
         results = _results(part, wanted_ids)
+        run = _run_reference if part and is_evaluated_by_reference(part[0]) else _run
         try:
-            known.update(_run(part, known, results, opset_imports))
+            known.update(run(part, known, results, opset_imports))
         except Exception as error:  # onnxruntime raises RuntimeError, ValueError and types of its own
             if len(part) == 1:
                 failures[id(part[0])] = _first_line(error)
             else:
                 middle = len(part) // 2
-                pending += [part[middle:], part[:middle]]  # a stack: the first half is next
+                pending += [part[middle:], part[:middle]]
     return Evaluation({key: value for key, value in known.items() if key not in constants}, failures)
+
+
+def is_numpy_type(dtype: object) -> bool:
+    """Tell whether a dtype of graphsurgeon is one that numpy has itself, strings not counted."""
+    if dtype is None or isinstance(dtype, int):  # graphsurgeon's word for a type that numpy lacks
+        return False
+    return np.dtype(dtype).isbuiltin == 1 and np.dtype(dtype).kind in "biuf"  # type: ignore[call-overload]
+
+
+def is_evaluated_by_reference(node: gs.Node) -> bool:
+    """Tell whether a node moves, or casts, elements of a type that onnxruntime does not take from numpy."""
+    dtypes = [tensor.dtype for tensor in (*node.inputs, *node.outputs) if tensor.dtype is not None]
+    return node.op in _MOVING and not all(map(is_numpy_type, dtypes))
+
+
+_MOVING = frozenset(
+    {
+        *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
+        *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
+    }
+)
 
 
 def _computable(nodes: list[gs.Node], known: Mapping[int, Array]) -> list[gs.Node]:
@@ -115,6 +141,21 @@ def _run(
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return {id(tensor): value for tensor, value in zip(results, session.run(None, feed), strict=True)}
+
+
+def _run_reference(
+    nodes: list[gs.Node],
+    known: Mapping[int, Array],
+    results: list[gs.Tensor],
+    opset_imports: Iterable[onnx.OperatorSetIdProto],
+) -> dict[int, Array]:
+    opsets = {each.domain: each.version for each in opset_imports}
+    values = dict(known)
+    for node in nodes:
+        feed = {_name(id(tensor)): values[id(tensor)] for tensor in present(node.inputs)}
+        outputs = ReferenceEvaluator(_node_proto(node), opsets=opsets).run(None, feed)
+        values.update((id(tensor), value) for tensor, value in zip(node.outputs, outputs, strict=True))
+    return {id(tensor): values[id(tensor)] for tensor in results}
 
 
 def _node_proto(node: gs.Node) -> onnx.NodeProto:

@@ -11,9 +11,9 @@ In this order, in the graph and in the branches and bodies nested in it:
 
 Never folded: random operators, Dropout among them, operators of other domains than ONNX's own, operators
 that hold graphs or return sequences, and QuantizeLinear and DequantizeLinear: they say how a weight is
-stored, and folding them would store it as float again. Nor are types that numpy lacks (bfloat16, float8,
-int4, strings). A graph output that is constant stays the output of a Constant node, as does a value that a
-branch returns by name.
+stored, and folding them would store it as float again. Of types that numpy lacks (bfloat16, float8, int4,
+strings) only nodes that move or cast elements are folded. A graph output that is constant stays the output
+of a Constant node, as does a value that a branch returns by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.constant_regions import Budget, Region, constants_read, growth, region_of, smallest_cut, split
-from graphopt.evaluate import evaluate
+from graphopt.evaluate import evaluate, is_evaluated_by_reference, is_numpy_type
 from graphopt.graph import (
     Array,
     Names,
@@ -164,23 +164,18 @@ def _constant_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
 
 
 def _is_stored(tensor: gs.Tensor) -> bool:
-    """Tell whether a tensor is an initializer, or the output of a Constant node, of a type that numpy has."""
+    """Tell whether a tensor is an initializer or the output of a Constant node."""
     if isinstance(tensor, gs.Constant):
-        return _in_numpy(tensor.dtype)
+        return True
     source = producer(tensor)
-    if source is None or source.op != "Constant" or not is_constant(tensor):
-        return False
-    value = source.attrs.get("value")
-    return value is None or _in_numpy(value.dtype)
+    return source is not None and source.op == "Constant" and is_constant(tensor)
 
 
 def _is_foldable(node: gs.Node, opset: int) -> bool:
-    if node.domain or node.op in RANDOM | QUANTIZING or bodies(node):
+    if node.domain or node.op in RANDOM | QUANTIZING or bodies(node) or not _returns_tensors(node.op, opset):
         return False
-    outputs = present(node.outputs)
-    return _returns_tensors(node.op, opset) and all(
-        tensor.dtype is None or _in_numpy(tensor.dtype) for tensor in outputs
-    )
+    dtypes = [tensor.dtype for tensor in (*node.inputs, *node.outputs) if tensor.dtype is not None]
+    return all(map(is_numpy_type, dtypes)) or is_evaluated_by_reference(node)
 
 
 @cache
@@ -191,12 +186,6 @@ def _returns_tensors(op: str, opset: int) -> bool:
     except onnx.defs.SchemaError:
         return False
     return all(any(kind.startswith("tensor") for kind in output.types) for output in schema.outputs)
-
-
-def _in_numpy(dtype: object) -> bool:
-    if isinstance(dtype, int):  # graphsurgeon's word for a type that numpy lacks
-        return False
-    return np.dtype(dtype).isbuiltin == 1 and np.dtype(dtype).kind in "biuf"  # type: ignore[call-overload]
 
 
 def _sizable(
@@ -236,8 +225,14 @@ def _sizes(region: Region, values: Mapping[int, Array]) -> dict[int, int | None]
         elif shape is None or dtype is None:
             sizes[id(tensor)] = None
         else:
-            sizes[id(tensor)] = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+            sizes[id(tensor)] = int(np.prod(shape, dtype=object)) * _item_size(dtype)
     return sizes
+
+
+def _item_size(dtype: object) -> int:
+    if isinstance(dtype, int):  # graphsurgeon's word for a type that numpy lacks
+        return int(onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize)
+    return int(np.dtype(dtype).itemsize)  # type: ignore[call-overload]
 
 
 def _choose(

@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from onnx import NodeProto
 
 from graphopt.errors import ModelError
-from graphopt.frame import Frame, is_uncarried
+from graphopt.frame import Frame, function_key, is_uncarried
 from graphopt.graph import Names, all_graphs, bodies, disconnect, disconnect_all, present
 from graphopt.opset import raise_opset
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
@@ -100,24 +100,22 @@ class _Inliner:
             raise ModelError(reason)
         function = self.functions[key]
         nodes = self._instance(call, function)
-        if function.opset < self.root.opset:
-            try:
-                nodes = self._raised(nodes, call, function)
-            except ModelError:
-                disconnect_all(nodes)
-                raise
+        if function.opset < self.root.opset and _changed(function, "", function.opset, self.root.opset):
+            nodes = self._raised(nodes, call, function)
         disconnect(call)
         return nodes
 
     def _raised(self, nodes: list[gs.Node], call: gs.Node, function: gs.Function) -> list[gs.Node]:
-        """Return nodes of a function as the opset of the model has them."""
-        inputs, outputs = (
-            [each for each in ends if isinstance(each, gs.Variable)] for ends in (call.inputs, call.outputs)
-        )
-        body = gs.Graph(nodes, present(inputs), present(outputs), opset=function.opset)
+        """Return nodes of a function, which take the place of `call`, as the opset of the model has them."""
+        inputs = [tensor for tensor in present(call.inputs) if isinstance(tensor, gs.Variable)]
+        body = gs.Graph(nodes, inputs, present(call.outputs), opset=function.opset)
         body.import_domains = function.import_domains
         known = {id(tensor) for tensor in _tensors(body)}
-        raise_opset(body, self.root.opset)
+        try:
+            raise_opset(body, self.root.opset)
+        except ModelError:
+            disconnect_all(node for each in all_graphs(body) for node in each.nodes)
+            raise
         for tensor in _tensors(body):
             if id(tensor) not in known:  # it is named after others of this function, which need not be free outside
                 tensor.name = self._names.fresh(tensor.name)
@@ -127,14 +125,15 @@ class _Inliner:
     def _why_not_function(self, key: _Key) -> str | None:
         function = self.functions[key]
         loaded = self.frame.functions.get(key)
-        extras = self.frame.graphs.get((f"function of {key[0]}", key[1]))
+        extras = self.frame.graphs.get(function_key(*key))
         protos = [*(extras.nodes.values() if extras else ()), *_nested_protos(loaded.node if loaded else ())]
         if any(is_uncarried(attribute) for proto in protos for attribute in proto.attribute):
             return "graphsurgeon cannot carry one of its attributes; inline it with onnx.inliner"
         imports = _imports(self.root)
         for domain, version in _imports(function).items():
             has = imports.get(domain, version)
-            if version > has and (changed := _changed(function, domain, version, has)) is not None:
+            can_be_raised = not domain and version < has
+            if not can_be_raised and (changed := _changed(function, domain, version, has)) is not None:
                 return (
                     f"it is written for opset {version} of {domain or 'ai.onnx'} and the model for {has}, and "
                     f"{changed} differs; raise the opset of the model first"
@@ -178,13 +177,11 @@ class _Inliner:
     def _attributes(
         self, node: gs.Node, scope: _Scope, given: Mapping[str, Any], prefix: str
     ) -> Iterator[tuple[str, Any]]:
-        for name, value in node.attrs.items():
-            if isinstance(value, gs.Node.AttributeRef):
-                if given.get(value.name) is not None:
-                    yield name, given[value.name]
-            elif isinstance(value, gs.Graph):
+        for name, stated in node.attrs.items():
+            value = given.get(stated.name) if isinstance(stated, gs.Node.AttributeRef) else stated
+            if isinstance(value, gs.Graph):
                 yield name, self._body(value, scope.new_child(), given, prefix)
-            else:
+            elif value is not None:
                 yield name, list(value) if isinstance(value, list) else value
 
     def _body(self, body: gs.Graph, scope: _Scope, given: Mapping[str, Any], prefix: str) -> gs.Graph:
@@ -203,7 +200,8 @@ class _Inliner:
         if not tensor.name:
             return gs.Variable.empty()
         if not isinstance(tensor, gs.Constant):
-            return scope[tensor.name]
+            stands_for = scope[tensor.name] if tensor.name in scope else self._new(tensor, "undefined")
+            return stands_for if stands_for.name else gs.Variable.empty()  # an input that the call omits
         if id(tensor) not in self._constants:
             self._constants[id(tensor)] = gs.Constant(self._names.fresh(tensor.name), tensor._values)
         return self._constants[id(tensor)]

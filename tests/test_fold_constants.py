@@ -296,21 +296,43 @@ def test_shape_with_start_and_end(start, end):
     assert ops(model) == {"Constant": 1}
 
 
-def test_types_that_numpy_lacks_are_left_alone():
-    tensor = helper.make_tensor("k", TensorProto.BFLOAT16, [4], [1.0, 2.0, 3.0, 4.0])
+_FOREIGN = {
+    "BFLOAT16": [1.0, 2.0, -3.0, 4.0],
+    "FLOAT8E4M3FN": [1.0, 2.0, -3.0, 4.0],
+    "INT4": [1, 2, -3, 4],
+    "STRING": ["1", "2", "-3", "4"],
+}
+
+
+@pytest.mark.parametrize("kind", _FOREIGN)
+def test_moves_and_casts_types_that_numpy_lacks(kind):
+    step = "a = Reshape (k, two) b = Transpose (a) c = Reshape (b, four) d = Cast <to = 1> (c) y = Add (x, d)"
+    model = build(_text(step, opset=21), {"two": np.array([2, 2], np.int64), "four": np.array([4], np.int64)})
+    model.graph.initializer.append(helper.make_tensor("k", getattr(TensorProto, kind), [4], _FOREIGN[kind]))
+    loaded = load_model(model)
+    assert FoldConstants().apply(loaded.graph, Context()).parts["evaluated"] == 4
+    after = loaded.to_proto()
+    assert ops(after) == {"Add": 1}
+    np.testing.assert_array_equal(constant(after, "d"), np.float32([1, -3, 2, 4]))
+
+
+@pytest.mark.parametrize("kind", ["BFLOAT16", "STRING"])
+def test_keeps_a_type_that_numpy_lacks_as_the_result(kind):
+    model = build(_text("a = Reshape (k, two) b = Transpose (a) c = Cast <to = 1> (b) y = Mul (x, c)"))
+    model.graph.initializer.append(helper.make_tensor("k", getattr(TensorProto, kind), [4], _FOREIGN[kind]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 2], np.int64), "two"))
+    model.graph.output.append(helper.make_tensor_value_info("b", getattr(TensorProto, kind), [2, 2]))
+    loaded = load_model(model)
+    FoldConstants().apply(loaded.graph, Context())
+    after = loaded.to_proto()
+    assert ops(after) == {"Constant": 1, "Mul": 1}
+    onnx.checker.check_model(after)
+
+
+def test_does_not_compute_with_types_that_numpy_lacks():
     model = onnx.parser.parse_model(_text("a = Neg (k) b = Cast <to = 1> (a) y = Add (x, b)"))
-    model.graph.initializer.append(tensor)
-    loaded = load_model(model)
-    result = FoldConstants().apply(loaded.graph, Context())
-    assert result.rewrites == 0
-
-
-def test_strings_are_left_alone():
-    model = onnx.parser.parse_model(_text("a = Identity (k) b = Cast <to = 1> (a) y = Add (x, b)"))
-    model.graph.initializer.append(numpy_helper.from_array(np.array(["1", "2", "3", "4"], object), "k"))
-    loaded = load_model(model)
-    result = FoldConstants().apply(loaded.graph, Context())
-    assert result.rewrites == 0
+    model.graph.initializer.append(helper.make_tensor("k", TensorProto.BFLOAT16, [4], _FOREIGN["BFLOAT16"]))
+    assert FoldConstants().apply(load_model(model).graph, Context()).rewrites == 0
 
 
 _STEPS = {
