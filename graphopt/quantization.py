@@ -64,15 +64,14 @@ class QuantParams:
         """Real values -> integers of the quantized dtype, same shape."""
         scale = self._along_axis(self.scale, values.ndim)
         zero_point = self._along_axis(self.zero_point, values.ndim).astype(np.float32)
-        stored = np.rint(values / scale) + zero_point
-        return stored.clip(self.quant_type.minimum, self.quant_type.maximum).astype(self.quant_type.dtype)
+        stored = np.asarray(np.rint(values / scale) + zero_point)  # of shape (), numpy makes a scalar
+        return np.asarray(stored.clip(self.quant_type.minimum, self.quant_type.maximum), self.quant_type.dtype)
 
     def dequantize(self, stored: Array) -> Array:
         """Integers -> float32, same shape."""
         zero_point = self._along_axis(self.zero_point, stored.ndim).astype(np.int32)
         scale = self._along_axis(self.scale, stored.ndim)
-        real: Array = ((stored.astype(np.int32) - zero_point) * scale).astype(np.float32)
-        return real
+        return np.asarray((stored.astype(np.int32) - zero_point) * scale, np.float32)
 
 
 def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> QuantParams:

@@ -107,3 +107,10 @@ def test_a_channel_with_one_large_weight_keeps_its_bits():
     weight = np.array([[1.0, -0.9, 0.0], [1.0, 0.9, 0.0]], np.float32)
     params = params_of_weight(weight, 0, INT8_WEIGHT, pairs_fit_16_bits=True)
     assert np.abs(params.quantize(weight)).max(axis=1).tolist() == [127, 67]
+
+
+def test_a_scalar_stays_an_array():
+    params = params_of_range(-1, 1, UINT8)
+    stored = params.quantize(np.float32(0.5).reshape(()))
+    assert isinstance(stored, np.ndarray)
+    assert isinstance(params.dequantize(stored), np.ndarray)
