@@ -287,15 +287,13 @@ def _data_type(dtype: np.dtype[Any]) -> int:
 
 
 def _value_info(graph: gs.Graph, nodes: list[gs.Node], frame: GraphFrame) -> Iterator[ValueInfoProto]:
-    """Yield what is known of tensors that are no inputs or outputs; of weights only loaded entries."""
+    """Yield what is known of tensors that the graph computes and does not return; of weights only loaded entries."""
     interface = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
-    for tensor in {id(tensor): tensor for node in nodes for tensor in (*node.inputs, *node.outputs)}.values():
-        name, is_weight = tensor.name, isinstance(tensor, gs.Constant)
-        foreign = not is_weight and not tensor.inputs
-        if name in interface or foreign or (is_weight and name not in frame.value_info):
-            continue
-        entry = _entry(tensor, frame.value_info)
-        if entry.HasField("type"):
+    weights = {tensor.name: tensor for node in nodes for tensor in node.inputs if isinstance(tensor, gs.Constant)}
+    known = [weights[name] for name in weights.keys() & frame.value_info.keys()] if frame.value_info else []
+    for tensor in (*known, *(tensor for node in nodes for tensor in node.outputs)):
+        entry = None if tensor.name in interface else _entry(tensor, frame.value_info)
+        if entry is not None and entry.HasField("type"):
             yield entry
 
 

@@ -198,7 +198,7 @@ def _slice(node: gs.Node, operands: _Operands) -> PartialValue:
 
 def _axes(node: gs.Node, operands: _Operands) -> list[int] | None:
     if operands.has(1):
-        return [int(axis) for axis in operands.known(1)]
+        return [int(axis) for axis in operands.known(1).reshape(-1)]
     axes: list[int] | None = node.attrs.get("axes")
     return axes
 

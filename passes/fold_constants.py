@@ -48,6 +48,7 @@ from graphopt.operators import QUANTIZING, RANDOM
 from graphopt.partial_values import ShapeValues, static_shape
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 
+_CONSTANT_OF_ANY_TYPE = 9  # the opset; before, Constant had floating-point types only
 _MAX_EVALUATED_BYTES = 2**30  # of one tensor on the way to a result
 
 
@@ -103,7 +104,7 @@ def _fold_known_values(root: gs.Graph, named: Set[int]) -> int:
         folded = []
         for node in graph.nodes:
             value = found.of(node.outputs[0]) if node.outputs else None
-            if value is not None and value.complete and node.op != "Constant":
+            if value is not None and value.complete and _may_be_constant(node, named, graph.opset):
                 folded.append(node)
                 values[id(node.outputs[0])] = value.values
             elif node.op == "Reshape" and not node.domain:
@@ -133,7 +134,7 @@ def _settle_reshape(node: gs.Node, found: ShapeValues, names: Names) -> int:
 
 
 def _fold_constant_nodes(graph: gs.Graph, named: Set[int], budget: Budget) -> tuple[int, list[Skip]]:
-    nodes, values, skipped = _sizable(graph, list(_constant_nodes(graph)), named)
+    nodes, values, skipped = _sizable(graph, list(_constant_nodes(graph, named)), named)
     folded: list[gs.Node] = []
     pending: list[gs.Node] = []
     regions = []
@@ -152,15 +153,24 @@ def _fold_constant_nodes(graph: gs.Graph, named: Set[int], budget: Budget) -> tu
     return len(folded), skipped + skips
 
 
-def _constant_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
+def _constant_nodes(graph: gs.Graph, named: Set[int]) -> Iterator[gs.Node]:
     """Yield the nodes of `graph` that can be evaluated and read constants alone, or outputs of such nodes."""
     computed: set[int] = set()
     for node in graph.nodes:
         inputs = present(node.inputs)
         constant = inputs and all(id(tensor) in computed or _is_stored(tensor) for tensor in inputs)
-        if constant and _is_foldable(node, graph.opset):
+        if constant and _is_foldable(node, graph.opset) and _may_be_constant(node, named, graph.opset):
             computed.update(id(tensor) for tensor in node.outputs)
             yield node
+
+
+def _may_be_constant(node: gs.Node, named: Set[int], opset: int) -> bool:
+    """Tell whether a Constant node may take the place of a node where the name of its result has to stay."""
+    if node.op == "Constant":
+        return False
+    if opset >= _CONSTANT_OF_ANY_TYPE or not any(id(tensor) in named for tensor in node.outputs):
+        return True
+    return all(is_numpy_type(tensor.dtype) and np.dtype(tensor.dtype).kind == "f" for tensor in node.outputs)
 
 
 def _is_stored(tensor: gs.Tensor) -> bool:

@@ -52,7 +52,7 @@ class MergeReshapes(Pass):
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Merge each of them with the one before it, first to last; `parts` counts by the operator that was last."""
-        if not any(_before(node, _ids(each)) for each in all_graphs(graph) for node in each.nodes):
+        if not any(_before(node, own) for each in all_graphs(graph) for own in [_ids(each)] for node in each.nodes):
             return PassResult()
         context.infer_shapes(graph)
         named, names = named_tensors(graph), Names(graph)

@@ -233,6 +233,38 @@ def test_does_what_the_inliner_of_onnx_does():
     assert ops(model) == ops(onnx.inliner.inline_local_functions(proto))
 
 
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("Elu", {"alpha": 0.25}),
+        ("Elu", {}),
+        ("HardSigmoid", {"beta": 0.75}),
+        ("HardSwish", {}),
+        ("ReduceL2", {"keepdims": 1}),
+        ("Selu", {"gamma": 1.5}),
+        ("Shrink", {"lambd": 0.5}),
+        ("Softsign", {}),
+        ("ThresholdedRelu", {}),
+    ],
+)
+def test_inlines_the_functions_that_define_operators_of_onnx(op, attributes):
+    schema = onnx.defs.get_schema(op, 18, "")
+    function = onnx.FunctionProto.FromString(schema.function_body.SerializeToString())
+    function.domain, function.name = "local", op
+    for fields in (function.attribute, function.attribute_proto):
+        del fields[:]
+    for name, attribute in schema.attributes.items():
+        if attribute.default_value.type:
+            function.attribute_proto.append(attribute.default_value)
+        else:
+            function.attribute.append(name)
+    model = onnx.parser.parse_model(_text(f"y = local.{op} (x)", opset=18))
+    model.graph.node[0].attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    model.functions.append(function)
+    result, _ = _inline(model)
+    assert result.parts == {"calls": 1, "functions dropped": 1}
+
+
 @pytest.mark.parametrize("function_opset", [13, 18])
 def test_a_function_of_another_opset_is_inlined_where_its_operators_are_the_same(function_opset):
     text = _text("y = local.f (x)", "f (a) => (b) { n = Neg (a) b = Relu (n) }", function_opset=function_opset)
