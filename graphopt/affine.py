@@ -80,6 +80,12 @@ class Affine:
         """Return the shift without the scale."""
         return replace(self, scale=np.ones_like(self.scale))
 
+    def over(self, channels: int) -> tuple[Channels, Channels]:
+        """Return scale and shift with one number for each channel."""
+        if self.scale.size == channels:
+            return self.scale, self.shift
+        return np.repeat(self.scale, channels), np.repeat(self.shift, channels)
+
     def constant(self, values: Channels, dtype: Any) -> Array:
         """Return `values`, the scale or the shift, in the shape in which they broadcast to x."""
         shape = () if self.axis is None else (-1, *[1] * (-self.axis - 1))

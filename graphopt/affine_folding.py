@@ -28,8 +28,8 @@ from graphopt.graph import Array, Names, all_graphs, disconnect, named_tensors, 
 from graphopt.linear import OPERATORS, Linear, LinearWeights, linear, set_weights
 from graphopt.pass_base import Context, PassResult, Skip
 
-_HOMOGENEOUS = frozenset({"Abs", "LeakyRelu", "PRelu", "Relu"})
 _POOLS = frozenset({"AveragePool", "MaxPool"})
+_HOMOGENEOUS = frozenset({"Abs", "LeakyRelu", "PRelu", "Relu"}) | _POOLS
 
 
 def fold_chains(root: gs.Graph, context: Context, *, batch_norm: bool, expand: bool = False) -> PassResult:
@@ -331,11 +331,11 @@ def _why_not_along(affine: Affine, axis: int, channels: int, label: str) -> str 
 
 def _crosses(affine: Affine, node: gs.Node) -> bool:
     """Tell whether a scale passes a node: f(s x) = s f(x) for s > 0, with channels where they are."""
-    if node.domain or len(node.outputs) > 1 or affine.keeps_scale or (affine.scale <= 0).any():
+    if node.op not in _HOMOGENEOUS or node.domain or len(node.outputs) > 1:
         return False
-    if node.op in _POOLS:
-        return affine.axis in (None, -1 - len(node.attrs["kernel_shape"]))
-    return node.op in _HOMOGENEOUS
+    if affine.keeps_scale or (affine.scale <= 0).any():
+        return False
+    return node.op not in _POOLS or affine.axis in (None, -1 - len(node.attrs["kernel_shape"]))
 
 
 def _why_not_shift(chain: _Chain, operators: list[Linear]) -> str | None:

@@ -107,14 +107,14 @@ class Linear:
 
     def after(self, affine: Affine) -> LinearWeights:
         """Return the weights with which it does what `affine`, along its output channels, does after it."""
-        scale, shift = (np.broadcast_to(each, self.output_channels) for each in (affine.scale, affine.shift))
+        scale, shift = affine.over(self.output_channels)
         bias = self._bias() * scale + shift
         factors = scale.reshape(self._groups, -1, *[1] * (self._taps + 1))
         return self._new(self._scaled(factors, scale), bias)
 
     def before(self, affine: Affine) -> LinearWeights:
         """Return the weights with which it does what `affine`, along its input channels, does before it."""
-        scale, shift = (np.broadcast_to(each, self.input_channels) for each in (affine.scale, affine.shift))
+        scale, shift = affine.over(self.input_channels)
         bias = self._bias()
         if shift.any():
             weight = _channels_first(self.node, _known(self.node.inputs[1]))

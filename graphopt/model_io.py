@@ -24,6 +24,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from graphopt.errors import ModelError, OutputError
 from graphopt.files import atomic_path
 from graphopt.frame import Frame
+from graphopt.garbage import rare_collections
 from graphopt.graph import constants_in
 from graphopt.graph_copy import copy_graph
 from graphopt.graph_export import export_model
@@ -98,11 +99,13 @@ def load_model(source: Source) -> Model:
     if isinstance(source, gs.Graph):
         return Model(source)
     if isinstance(source, onnx.ModelProto):
-        return Model(*import_model(source, None, owned=False))
+        with rare_collections():
+            return Model(*import_model(source, None, owned=False))
     path = Path(source)
     proto = _read_proto(path)
     try:
-        graph, frame = import_model(proto, path.parent, owned=True)
+        with rare_collections():
+            graph, frame = import_model(proto, path.parent, owned=True)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     return Model(graph, frame, path, (path, *_weight_files(graph, frame)))

@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from graphopt.errors import DataError, GraphoptError, ModelError, PipelineError
 from graphopt.feeds import Feed
 from graphopt.files import write_text_atomically
+from graphopt.garbage import rare_collections
 from graphopt.graph import all_graphs
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, save_model
@@ -151,7 +152,8 @@ class PassManager:
         result = PassResult()
         after = before
         try:
-            result = item.apply(candidate.graph, context)
+            with rare_collections():
+                result = item.apply(candidate.graph, context)
             if before is not None and result.rewrites:
                 after = examine(candidate, feeds)
                 failure = judge(before, after, item.effect)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import (
@@ -27,6 +29,7 @@ from graphopt.protobuf import all_graph_protos, without
 from graphopt.stored_values import data_type_of, stored_bytes, tensor_proto
 
 _LARGEST_KEPT = 1024  # bytes; shapes, axes, pads and scales are smaller, and shape inference reads them
+_MOST_INTEGERS, _MOST_SCALES = 128, 8  # elements of what shape inference reads: an integer tensor, a float one
 
 
 def hollow(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -67,7 +70,7 @@ def infer_shapes(graph: gs.Graph) -> int:
         ModelError: the graph has a cycle, a value that ONNX cannot express, or a node that no operator fits.
 
     """
-    proto = export_model(graph, Frame(), _header)
+    proto = export_model(graph, Frame(), _shape_or_header)
     symbols = forget_unknown_sizes(proto.graph)
     try:
         inferred = shape_inference.infer_shapes(proto, data_prop=True)
@@ -187,5 +190,15 @@ def _hollow_node(node: NodeProto, names: Counter[str], held: dict[str, TensorPro
 
 def _header(constant: gs.Constant) -> TensorProto:
     """Return a small constant whole, of a large one only what `hollow` and shape inference look at."""
-    header = TensorProto(name=constant.name, data_type=data_type_of(constant), dims=constant.shape)
+    header = _type_and_shape(constant)
     return tensor_proto(constant) if stored_bytes(header) <= _LARGEST_KEPT else header
+
+
+def _shape_or_header(constant: gs.Constant) -> TensorProto:
+    """Return a constant whole where it may be the shape, the axes or the scales of something, else only its type."""
+    few = math.prod(constant.shape) <= (_MOST_INTEGERS if np.dtype(constant.dtype).kind in "biu" else _MOST_SCALES)
+    return tensor_proto(constant) if few else _type_and_shape(constant)
+
+
+def _type_and_shape(constant: gs.Constant) -> TensorProto:
+    return TensorProto(name=constant.name, data_type=data_type_of(constant), dims=constant.shape)

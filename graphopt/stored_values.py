@@ -9,6 +9,7 @@ clones of a graph share their weights.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -31,6 +32,9 @@ _BITS = {  # of the types that share a byte; every other type fills whole bytes
     getattr(TensorProto, "INT2", -1): 2,  # since onnx 1.20
     getattr(TensorProto, "UINT2", -2): 2,
 }
+
+LENGTH_OF_START = 1024
+"""Bytes of a weight that `StoredTensor.start` holds."""
 
 VALUE_FIELDS = (  # of a TensorProto; the others describe it
     *("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data"),
@@ -73,6 +77,13 @@ class StoredTensor(LazyValues):  # type: ignore[misc]  # graphsurgeon ships no t
             return numpy_helper.to_array(self.tensor)
         except (TypeError, ValueError) as error:
             raise ModelError(f"weight {self.tensor.name!r} is damaged: {error}; export the model again") from error
+
+    @cached_property
+    def start(self) -> bytes:
+        """The first bytes of the values, at most `LENGTH_OF_START`."""
+        if self.file is None and self.tensor.HasField("raw_data") and self.tensor.data_type not in _BITS:
+            return self.tensor.raw_data[:LENGTH_OF_START]
+        return np.ascontiguousarray(self.load()).reshape(-1).view(np.uint8)[:LENGTH_OF_START].tobytes()
 
     def inline(self) -> TensorProto:
         """Return a copy of the tensor that holds its values itself."""

@@ -161,9 +161,11 @@ def _fingerprint(graph: gs.Graph) -> int:
 
 
 def _has_unknown_sizes(graph: gs.Graph) -> bool:
+    interface = {id(tensor) for tensor in graph.outputs}  # stays as it is stated
     return any(
         tensor.shape is None or not all(isinstance(size, int) or is_name(size) for size in tensor.shape)
         for each in all_graphs(graph)
         for node in each.nodes
         for tensor in present(node.outputs)
+        if id(tensor) not in interface
     )

@@ -25,9 +25,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphopt.graph import all_graphs, named_tensors, nested_output_names, replace_uses
 from graphopt.pass_base import Context, Effect, Pass, PassResult
-from graphopt.stored_values import StoredSparseTensor
-
-_FIRST = 1024  # bytes
+from graphopt.stored_values import LENGTH_OF_START, StoredSparseTensor, StoredTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +80,13 @@ def _header(constant: gs.Constant) -> Hashable:
 
 
 def _first_bytes(constant: gs.Constant) -> Hashable:
-    return bytes(_flat(constant)[:_FIRST])
+    values = constant._values
+    return values.start if isinstance(values, StoredTensor) else bytes(_flat(constant)[:LENGTH_OF_START])
 
 
 def _digest(constant: gs.Constant) -> Hashable:
+    if constant._values.nbytes <= LENGTH_OF_START:
+        return b""  # what is equal so far is equal
     return hashlib.blake2b(_flat(constant).data).digest()
 
 
