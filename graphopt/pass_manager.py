@@ -122,7 +122,7 @@ class PassManager:
         if not self.verify:
             return [], None
         try:
-            session = open_session(model)
+            session = open_session(model, copy_weights=False)
         except ModelError as error:
             raise ModelError(f"{error}; --no-verify runs passes that need no onnxruntime") from error
         feeds: list[Feed] = []

@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 _LEAST_SHARED = (
     2**20
 )  # bytes of weights from which on onnxruntime reads them in place, and not from a copy of the model
+_LEAST_FED = 2**28  # bytes of weights from which on a copy of them is avoided where speed does not count
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
@@ -52,10 +53,16 @@ class Session:
 
     """
 
-    def __init__(self, session: ort.InferenceSession, weights: Sequence[ort.OrtValue] = ()) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        weights: Sequence[ort.OrtValue] = (),
+        fed: Mapping[str, ort.OrtValue] | None = None,
+    ) -> None:
         self._session = session
-        self._weights = weights  # the session reads them in place
-        self.inputs = tuple(map(_input_spec, session.get_inputs()))
+        self._weights = weights  # the session was made from them
+        self._fed = fed or {}  # weights that are inputs of the session
+        self.inputs = tuple(_input_spec(each) for each in session.get_inputs() if each.name not in self._fed)
         self.outputs = tuple(output.name for output in session.get_outputs())
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -69,7 +76,7 @@ class Session:
 
         """
         names = self._names(feed, outputs)
-        results = _with_our_errors(lambda: self._session.run(names, feed), bad_argument=DataError)
+        results = _with_our_errors(lambda: self._session.run(names, {**feed, **self._fed}), bad_argument=DataError)
         return dict(zip(names, results, strict=True))
 
     def run_without_copies(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -83,7 +90,7 @@ class Session:
             inputs = {
                 name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()
             }
-            return [_view(value) for value in self._session.run_with_ort_values(names, inputs)]
+            return [_view(value) for value in self._session.run_with_ort_values(names, {**inputs, **self._fed})]
 
         return dict(zip(names, _with_our_errors(values, bad_argument=DataError), strict=True))
 
@@ -100,6 +107,7 @@ def open_session(
     threads: int = 0,
     optimize: bool = True,
     extra_outputs: Sequence[str] = (),
+    copy_weights: bool = True,
 ) -> Session:
     """Open a session on the CPU.
 
@@ -109,11 +117,15 @@ def open_session(
         threads: how many threads one operator may use; 0 leaves that to onnxruntime.
         optimize: whether onnxruntime may rewrite the graph, at its highest level.
         extra_outputs: tensors of the main graph to return as outputs too.
+        copy_weights: whether onnxruntime may copy the weights, packed for its kernels. If not, it reads those of a
+            model of 256 MB and more where they are, as inputs, and rewrites nothing: slower, in half the memory.
 
     Raises:
         ModelError: onnxruntime refuses the model, or it has no tensor of a name in `extra_outputs`.
 
     """
+    if not copy_weights and isinstance(model, Model) and model.nbytes >= _LEAST_FED:
+        return _open_with_weights_as_inputs(model, _options(threads, optimize=False), extra_outputs)
     return _open(model, _options(threads, optimize), extra_outputs)
 
 
@@ -207,11 +219,31 @@ def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[
     return _session(proto.SerializeToString(), options, tuple(weights.values()))
 
 
-def _session(source: str | bytes, options: ort.SessionOptions, weights: Sequence[ort.OrtValue] = ()) -> Session:
+def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
+    options.enable_cpu_mem_arena = False  # it would keep what a run has needed
+    proto, weights = share_weights(model)
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in proto.graph.initializer
+        if tensor.name in weights
+    )
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    _add_outputs(proto, extra_outputs)
+    return _session(proto.SerializeToString(), options, fed=weights)
+
+
+def _session(
+    source: str | bytes,
+    options: ort.SessionOptions,
+    weights: Sequence[ort.OrtValue] = (),
+    fed: Mapping[str, ort.OrtValue] | None = None,
+) -> Session:
     def create() -> ort.InferenceSession:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
-    return Session(_with_our_errors(create), weights)
+    return Session(_with_our_errors(create), weights, fed)
 
 
 def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

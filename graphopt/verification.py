@@ -52,7 +52,7 @@ def examine(model: Model, feeds: Sequence[Feed], session: Session | None = None)
     Raises:
         ModelError: onnxruntime does not load or run it.
     """
-    session = session or open_session(model)
+    session = session or open_session(model, copy_weights=False)
     outputs = [session.run(feed) for feed in feeds]
     shell = hollow_model(model)
     return Verdict(_checker_objection(shell), _shape_objection(shell), outputs)

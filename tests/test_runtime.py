@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from comparing import build
 from onnx import numpy_helper
 
-from graphopt import model_io
+from graphopt import model_io, runtime
 from graphopt.errors import DataError, ModelError
 from graphopt.feeds import InputSpec
 from graphopt.model_io import load_model
@@ -229,3 +230,22 @@ def test_outputs_without_copies_are_those_with_copies():
         assert viewed[name].dtype == value.dtype
         np.testing.assert_array_equal(viewed[name], value)
     assert list(session.run_without_copies(feed, ["j"])) == ["j"]
+
+
+@pytest.mark.parametrize("extra", [(), ("h",)])
+def test_reads_weights_where_they_are_when_it_may_not_copy_them(monkeypatch, extra):
+    monkeypatch.setattr(runtime, "_LEAST_FED", 0)
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,64] x) => (float[N,K] y)'
+        " { h = MatMul (x, w) s = Mul (h, k) y = Relu (s) }"
+    )
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.standard_normal((64, 32)).astype(np.float32), "k": np.float32(2)}
+    model = load_model(build(text, constants))
+    session = open_session(model, copy_weights=False, extra_outputs=extra)
+    assert [each.name for each in session.inputs] == ["x"]
+    assert session.outputs == ("y", *extra)
+    feed = {"x": rng.standard_normal((3, 64)).astype(np.float32)}
+    expected = open_session(model, optimize=False).run(feed)["y"]
+    np.testing.assert_array_equal(session.run(feed)["y"], expected)
+    np.testing.assert_array_equal(session.run_without_copies(feed)["y"], expected)
