@@ -1,4 +1,5 @@
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from zoo import NAMES, zoo_feed, zoo_model
 from graphopt.errors import PipelineError
 from graphopt.graph import all_graphs
 from graphopt.model_io import load_model
-from graphopt.pass_base import Context
+from graphopt.pass_base import Context, Effect, Pass, PassResult
+from graphopt.passes import fold
 from graphopt.passes.fold import Fold
+from graphopt.passes.replace_sum import ReplaceSum
 from graphopt.runtime import open_session
 
 _LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -72,6 +75,55 @@ def test_leaves_out_a_member(member, op):
 def test_refuses_to_skip_what_is_no_member():
     with pytest.raises(PipelineError, match=r"skip=fold-conv is none of its members; they are inline-functions, "):
         Fold(skip=("fold-conv",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WriteSum(Pass):
+    """Undo replace-sum."""
+
+    name = "write-sum"
+    effect = Effect.EXACT
+
+    def apply(self, graph, context):
+        adds = [node for node in graph.nodes if node.op == "Add"]
+        for node in adds:
+            node.op = "Sum"
+        return PassResult(rewrites=len(adds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RenameOutput(Pass):
+    """Change something in every turn."""
+
+    name = "rename-output"
+    effect = Effect.EXACT
+
+    def apply(self, graph, context):
+        graph.nodes[0].outputs[0].name += "_"
+        return PassResult(rewrites=1)
+
+
+_TWO_ADDS = '<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y) { a = Add (x, x) y = Add (a, x) }'
+
+
+def test_stops_when_members_undo_each_other(monkeypatch):
+    monkeypatch.setattr(fold, "_MEMBERS", (ReplaceSum, _WriteSum))
+    result, model = apply_and_compare(_TWO_ADDS, Fold())
+    assert "its members undo each other's changes (replace-sum, write-sum)" in result.notes[0]
+    assert ops(model).total() == 2
+
+
+def test_stops_after_a_bounded_number_of_rounds(monkeypatch):
+    monkeypatch.setattr(fold, "_MEMBERS", (_RenameOutput,))
+    result, _ = apply_and_compare(_TWO_ADDS, Fold())
+    assert "20 rounds were not enough" in result.notes[0]
+    assert result.rewrites == 20
+
+
+def test_folding_again_changes_nothing():
+    _, model = apply_and_compare(_TEXT, Fold(), constants=_CONSTANTS)
+    result, _ = apply_and_compare(model, Fold())
+    assert result.rewrites == 0
 
 
 def test_hands_max_growth_on():

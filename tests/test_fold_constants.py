@@ -296,6 +296,44 @@ def test_shape_with_start_and_end(start, end):
     assert ops(model) == {"Constant": 1}
 
 
+_TARGET = (
+    "s = Shape (x) b = Gather (s, zero) n = Gather (s, one) b1 = Unsqueeze (b, first) n1 = Unsqueeze (n, first)"
+    " t = Concat <axis = 0> (b1, n1, tail) "
+)
+
+
+def _target_of(body, x, y):
+    constants = {"zero": np.int64(0), "one": np.int64(1), "first": np.array([0], np.int64)}
+    constants["tail"] = np.array([2, -1], np.int64)
+    _, model = _folded(body, x=x, y=y, constants=constants)
+    (node,) = [node for node in model.graph.node if node.op_type == "Reshape"]
+    shapes = [numpy_helper.to_array(each) for each in model.graph.initializer if each.name == node.input[1]]
+    return shapes[0].tolist() if shapes else None
+
+
+def test_a_reshape_copies_every_size_that_its_input_has_in_the_same_place():
+    assert _target_of(f"{_TARGET} y = Reshape (x, t)", "float[batch,words,6]", "float[A,B,C,D]") == [0, 0, 2, -1]
+    # names of sizes lead from one tensor to another
+    body = f"{_TARGET} r = Relu (x) y = Reshape (r, t)"
+    assert _target_of(body, "float[batch,words,6]", "float[A,B,C,D]") == [0, 0, 2, -1]
+
+
+def test_a_size_in_another_place_is_not_copied():
+    body = f"{_TARGET} r = Transpose <perm = [1, 0, 2]> (x) y = Reshape (r, t)"
+    assert _target_of(body, "float[batch,words,6]", "float[A,B,C,D]") is None
+
+
+def test_sizes_without_a_name_are_not_taken_for_equal():
+    assert _target_of(f"{_TARGET} r = Relu (x) y = Reshape (r, t)", "float[?,?,6]", "float[A,B,C,D]") is None
+
+
+def test_a_size_that_is_computed_with_is_no_longer_that_size():
+    body = _TARGET.replace("b1 = Unsqueeze (b, first)", "c = Mul (b, one) d = Add (c, zero) b1 = Unsqueeze (d, first)")
+    assert _target_of(f"{body} y = Reshape (x, t)", "float[batch,words,6]", "float[A,B,C,D]") == [0, 0, 2, -1]
+    body = _TARGET.replace("b1 = Unsqueeze (b, first)", "c = Add (b, one) d = Sub (c, one) b1 = Unsqueeze (d, first)")
+    assert _target_of(f"{body} y = Reshape (x, t)", "float[batch,words,6]", "float[A,B,C,D]") is None
+
+
 _FOREIGN = {
     "BFLOAT16": [1.0, 2.0, -3.0, 4.0],
     "FLOAT8E4M3FN": [1.0, 2.0, -3.0, 4.0],
