@@ -66,6 +66,8 @@ class _Exporter:
         self._graph = graph
         self._frame = frame
         self._store = store
+        # a file that left types and shapes to inference does not grow by what a pass has inferred
+        self._states_types = not frame.graphs or any(each.value_info for each in frame.graphs.values())
         self._constants = constants_by_graph(graph, ())
         for function in graph.functions:
             self._constants |= constants_by_graph(function, function_key(function.domain, function.name))
@@ -113,7 +115,8 @@ class _Exporter:
             self._write_initializer(proto, constant, frame)
         proto.input.extend(_entry(tensor, frame.inputs) for tensor in graph.inputs)
         proto.output.extend(_entry(tensor, frame.outputs) for tensor in graph.outputs)
-        proto.value_info.extend(_value_info(graph, nodes, frame))
+        if self._states_types:
+            proto.value_info.extend(_value_info(graph, nodes, frame))
         names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
         names.update(tensor.name for tensor in graph.inputs)
         proto.quantization_annotation.extend(

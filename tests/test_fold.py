@@ -161,6 +161,8 @@ def test_real_models_keep_their_outputs(name, capsys):
     with capsys.disabled():
         print(f"\n{name}: {before} nodes, {after} after {seconds:.2f} s; {dict(result.parts)}")
     folded = model.to_proto()
+    assert folded.ByteSize() <= path.stat().st_size + Fold().max_growth
+    assert Fold().apply(model.graph, Context(frame=model.frame)).rewrites == 0
     original = open_session(path, optimize=False, threads=1)
     feed = zoo_feed(name, original)
     found = open_session(folded, optimize=False, threads=1).run(feed)

@@ -661,3 +661,16 @@ def test_shape_inference_that_cannot_go_on_is_an_error_of_the_model():
     del proto.graph.node[0].input[:]
     with pytest.raises(ModelError, match="shape inference"):
         infer_shapes(load_model(proto).graph)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_types_that_a_pass_infers_are_written_where_the_file_states_types(stated):
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y)'
+        " { a = Relu (x) b = Neg (a) y = Abs (b) }"
+    )
+    if stated:
+        proto.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, ["N", 4]))
+    model = load_model(proto)
+    infer_shapes(model.graph)
+    assert [each.name for each in model.to_proto().graph.value_info] == (["a", "b"] if stated else [])
