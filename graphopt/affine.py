@@ -34,6 +34,7 @@ ELEMENTWISE = frozenset({"Add", "Div", "Mul", "Neg", "Sub"})
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}  # integers wrap and truncate: they are not reassociated
 _DEFAULT_EPSILON = 1e-5  # of BatchNormalization's operator page
 _PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4 of BatchNormalization
+_PRODUCTS = ("Gemm", "MatMul")
 _RANK_OF_INPUT = {"BatchNormalization", "Clip", "Identity", "LeakyRelu", "Neg", "Relu", "Sigmoid"}
 
 
@@ -216,14 +217,16 @@ def _elementwise(node: gs.Node, overridable: Container[str]) -> AffineNode | str
 
 def _why_not_aligned(source: gs.Tensor, name: str, shape: tuple[int, ...], axis: int | None) -> str | None:
     """Say why the constant may change the shape of what it is combined with."""
+    before, dimensions = producer(source), known_dimensions(source)
     rank = rank_of(source)
-    if len(shape) > (1 if rank is None and source.inputs else rank or 0):
+    if rank is None and any(node is not None and node.op in _PRODUCTS for node in (before, *source.outputs)):
+        rank = 1  # at least
+    if len(shape) > (rank or 0):
         return f"whether {source.name} has the {len(shape)} axes of its constant {name} is not known"
     if axis is None:
         return None
-    dimensions, source_node = known_dimensions(source), producer(source)
     size = None if dimensions is None else dimensions[axis]
-    if size is None and source_node is not None and source_node.op in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+    if size is None and before is not None and before.op in ("Conv", "ConvTranspose", *_PRODUCTS):
         return None  # the number of its output channels is compared where it folds
     return None if size == shape[axis] else f"whether axis {axis} of {source.name} has size {shape[axis]} is not known"
 

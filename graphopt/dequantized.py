@@ -90,7 +90,7 @@ def why_not_rescaled(weight: Dequantized, output_axis: int | None, scale: Channe
     """Say why factors, one for all or one for each size of `output_axis`, cannot go into the scale."""
     one = np.unique(scale).size == 1
     if not one and output_axis is None:
-        return "its output channels are no axis of its quantized weight"
+        return "its quantized weight has no axis of these channels alone"
     if not one and opset < 13:
         return f"a DequantizeLinear of opset {opset} has one scale; raise the opset to 13"
     if not one and weight.axis not in (None, output_axis):

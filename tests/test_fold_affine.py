@@ -262,6 +262,23 @@ def test_a_constant_as_wide_as_the_image_is_not_taken_for_channels():
     assert (result.rewrites, ops(model)) == (0, {"Conv": 1, "Mul": 1})
 
 
+@pytest.mark.parametrize("shape", [[1], [1, 1]])
+def test_leaves_a_constant_that_may_add_an_axis_alone(shape):
+    model = build(_text("a = Mul (x, k) y = Mul (a, k)", "float[]", "float[N]"), {"k": np.full(shape, 2, "f4")})
+    for each in (*model.graph.input, *model.graph.output):
+        each.type.tensor_type.ClearField("shape")  # x may be a scalar, and then y is none
+    loaded = load_model(model)
+    assert FoldAffine().apply(loaded.graph, Context()).rewrites == 0
+
+
+def test_leaves_a_constant_that_may_repeat_its_operand_alone():
+    text = _text("a = Mul (x, k) y = Mul (a, k)", "float[N,one,6,6]", "float[A,B,C,D]")
+    result, _ = apply_and_compare(
+        text, FoldAffine(), constants={"k": _ALL["k"]}, feed={"x": np.ones((2, 1, 6, 6), np.float32)}
+    )
+    assert result.rewrites == 0
+
+
 def test_leaves_integers_alone():
     text = _text("a = Mul (x, i) y = Mul (a, i)", "int32[N,4]", "int32[N,C]")
     result, _ = apply_and_compare(text, FoldAffine(), constants={"i": np.full(4, 3, np.int32)})
