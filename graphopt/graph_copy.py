@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from graphopt.graph import all_graphs
 
@@ -83,7 +84,12 @@ class _Copier:
 
 
 def _copy_tensor(tensor: gs.Tensor) -> gs.Tensor:
-    if isinstance(tensor, gs.Constant):
-        return gs.Constant(tensor.name, tensor._values, tensor.data_location, tensor._export_dtype)
-    shape = None if tensor.shape is None else list(tensor.shape)
-    return gs.Variable(tensor.name, tensor.dtype, shape, tensor.type)
+    """Return a tensor with the same attributes and no producers or readers; its constructor takes twice the time."""
+    copy: gs.Tensor = object.__new__(type(tensor))
+    state = dict(tensor.__dict__)
+    state["inputs"] = SynchronizedList(copy, field_name="outputs", initial=())
+    state["outputs"] = SynchronizedList(copy, field_name="inputs", initial=())
+    if state.get("shape") is not None:
+        state["shape"] = list(state["shape"])
+    copy.__dict__.update(state)
+    return copy
