@@ -109,7 +109,6 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "conv_chain_900": partial(conv_chain, 900),
     "shape_arithmetic_2000": partial(shape_arithmetic, 2000),
     "weight_transposes_240mb": partial(weight_transposes, 240),
-    "mixed_20000": partial(mixed, 20_000),
 }
 TINY_GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "conv_chain_90": partial(conv_chain, 90),

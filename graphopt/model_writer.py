@@ -62,6 +62,9 @@ def _is_large(constant: gs.Constant) -> bool:
 
 def _filled(stand_in: TensorProto, constant: gs.Constant) -> TensorProto:
     """Return a constant as it is to be written, with the doc string and the metadata of its stand-in."""
+    values = constant._values
+    if isinstance(values, StoredTensor) and values.file is None and values.tensor.name == constant.name:
+        return values.tensor  # as it was loaded: no copy
     tensor = tensor_proto(constant)
     if not (tensor.doc_string or tensor.metadata_props):
         tensor.MergeFrom(without(stand_in, "name", "data_type", "dims"))
