@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -224,7 +225,7 @@ class _Folder:
         reason = _why_not_shift(chain, operators)
         rest: list[tuple[str, Array]] | None = []
         if reason is not None:
-            if affine.keeps_scale or (affine.scale == 0).any():
+            if affine.keeps_scale or (np.abs(affine.scale) < _least_scale(chain.result.dtype)).any():
                 return reason
             with np.errstate(over="ignore", invalid="ignore"):
                 rest = _steps(chain, replace(affine.shift_alone, shift=affine.shift / affine.scale))
@@ -317,6 +318,12 @@ def _steps(chain: _Chain, affine: Affine) -> list[tuple[str, Array]] | None:
     if not affine.keeps_zero:
         steps.append(("Add", affine.constant(affine.shift, dtype)))
     return steps if all(np.isfinite(values).all() for _, values in steps) else None
+
+
+def _least_scale(dtype: Any) -> float:
+    """Return the least scale to divide a shift by: times a weight of its own size it is still a normal number."""
+    is_half = not isinstance(dtype, int) and dtype is not None and np.dtype(dtype) == np.float16
+    return float(np.sqrt(np.finfo(np.float16 if is_half else np.float32).tiny))
 
 
 def _why_not_along(affine: Affine, axis: int, channels: int, label: str) -> str | None:
