@@ -27,10 +27,8 @@ Array = NDArray[Any]
 Runnable = Model | onnx.ModelProto | Path
 Result = TypeVar("Result")
 
-_LEAST_SHARED = (
-    2**20
-)  # bytes of weights from which on onnxruntime reads them in place, and not from a copy of the model
-_LEAST_FED = 2**28  # bytes of weights from which on a copy of them is avoided where speed does not count
+_LEAST_SHARED = 2**20  # bytes of weights from which on they are handed over beside the model, not copied into it
+_LEAST_FED = 2**28  # bytes of weights from which on onnxruntime's own copy is avoided where speed does not count
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
@@ -53,16 +51,12 @@ class Session:
 
     """
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        weights: Sequence[ort.OrtValue] = (),
-        fed: Mapping[str, ort.OrtValue] | None = None,
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, weights: Mapping[str, ort.OrtValue]) -> None:
+        inputs = session.get_inputs()
         self._session = session
-        self._weights = weights  # the session was made from them
-        self._fed = fed or {}  # weights that are inputs of the session
-        self.inputs = tuple(_input_spec(each) for each in session.get_inputs() if each.name not in self._fed)
+        self._weights = weights  # kept: the session may read them in place
+        self._fed = {each.name: weights[each.name] for each in inputs if each.name in weights}
+        self.inputs = tuple(_input_spec(each) for each in inputs if each.name not in weights)
         self.outputs = tuple(output.name for output in session.get_outputs())
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -112,8 +106,8 @@ def open_session(
     """Open a session on the CPU.
 
     Args:
-        model: what to run; of a model that would pass 2 GB the weights are handed over in place, without a
-            protobuf.
+        model: what to run; the weights of a Model of 1 MB and more are handed over beside it, not in a protobuf, so
+            that it may pass 2 GB. onnxruntime copies them once.
         threads: how many threads one operator may use; 0 leaves that to onnxruntime.
         optimize: whether onnxruntime may rewrite the graph, at its highest level.
         extra_outputs: tensors of the main graph to return as outputs too.
@@ -204,7 +198,7 @@ def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[
     if isinstance(model, Path) and not extra_outputs:
         if not model.is_file():
             raise ModelError(f"{model}: no such file")
-        return _session(str(model), options)
+        return _session(str(model), options, {})
     if isinstance(model, Path) or (isinstance(model, onnx.ModelProto) and not fits_one_file(model)):
         model = load_model(model)
     weights: dict[str, ort.OrtValue] = {}
@@ -216,34 +210,30 @@ def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[
         proto, weights = share_weights(model)
         options.add_external_initializers(list(weights), list(weights.values()))
     _add_outputs(proto, extra_outputs)
-    return _session(proto.SerializeToString(), options, tuple(weights.values()))
+    return _session(proto.SerializeToString(), options, weights)
 
 
 def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
     options.enable_cpu_mem_arena = False  # it would keep what a run has needed
     proto, weights = share_weights(model)
+    listed = {each.name for each in proto.graph.input}  # before IR 4, all initializers are
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
     proto.graph.input.extend(
         onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         for tensor in proto.graph.initializer
-        if tensor.name in weights
+        if tensor.name in weights and tensor.name not in listed
     )
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     _add_outputs(proto, extra_outputs)
-    return _session(proto.SerializeToString(), options, fed=weights)
+    return _session(proto.SerializeToString(), options, weights)
 
 
-def _session(
-    source: str | bytes,
-    options: ort.SessionOptions,
-    weights: Sequence[ort.OrtValue] = (),
-    fed: Mapping[str, ort.OrtValue] | None = None,
-) -> Session:
+def _session(source: str | bytes, options: ort.SessionOptions, weights: Mapping[str, ort.OrtValue]) -> Session:
     def create() -> ort.InferenceSession:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
-    return Session(_with_our_errors(create), weights, fed)
+    return Session(_with_our_errors(create), weights)
 
 
 def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A model too large for one protobuf, as a small one and weights that onnxruntime reads where they are."""
+"""A model as a small protobuf and weights beside it, which onnxruntime takes without a copy on our side."""
 
 from __future__ import annotations
 

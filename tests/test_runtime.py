@@ -249,3 +249,15 @@ def test_reads_weights_where_they_are_when_it_may_not_copy_them(monkeypatch, ext
     expected = open_session(model, optimize=False).run(feed)["y"]
     np.testing.assert_array_equal(session.run(feed)["y"], expected)
     np.testing.assert_array_equal(session.run_without_copies(feed)["y"], expected)
+
+
+def test_feeds_weights_that_an_old_file_lists_as_inputs_too(monkeypatch):
+    monkeypatch.setattr(runtime, "_LEAST_FED", 0)
+    text = (
+        '<ir_version: 3, opset_import: ["" : 8]> g (float[N,64] x, float[64,32] w) => (float[N,32] y)'
+        " { y = MatMul (x, w) }"
+    )
+    model = build(text, {"w": np.ones((64, 32), np.float32)})
+    session = open_session(load_model(model), copy_weights=False)
+    assert [each.name for each in session.inputs] == ["x"]
+    np.testing.assert_array_equal(session.run({"x": np.ones((1, 64), np.float32)})["y"], np.full((1, 32), 64))
