@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graphopt.graph import Array, constant_of, is_constant, present, producer
-from graphopt.partial_values import known_dimensions
+from graphopt.partial_values import known_dimensions, shape_of_constant
 
 Channels = NDArray[np.float64]
 
@@ -197,13 +197,12 @@ def _elementwise(node: gs.Node, overridable: Container[str]) -> AffineNode | str
         named = next((tensor for tensor in node.inputs if tensor.name in overridable), None)
         return None if named is None else f"its operand {why_not_constant(named, overridable)}"
     constant, source = node.inputs[known.index(True)], node.inputs[known.index(False)]
-    shape = known_dimensions(constant) if isinstance(constant, gs.Constant) else np.asarray(constant_of(constant)).shape
-    assert shape is not None  # of a constant
+    shape = shape_of_constant(constant)
     axes = [index - len(shape) for index, size in enumerate(shape) if size != 1]
     if len(axes) > 1:
         return f"its constant {constant.name} varies along {len(axes)} axes, not along the channels alone"
     axis = axes[0] if axes else None
-    reason = _why_not_aligned(source, constant.name, tuple(size or 0 for size in shape), axis)
+    reason = _why_not_aligned(source, constant.name, shape, axis)
     if reason is not None:
         return reason
     value = np.asarray(constant_of(constant))

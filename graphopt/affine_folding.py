@@ -21,13 +21,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.affine import Affine, AffineNode, affine_of, is_batch_norm
-from graphopt.graph import Array, Names, all_graphs, disconnect, named_tensors, producer, set_input, set_output
+from graphopt.graph import (
+    Array,
+    Names,
+    all_graphs,
+    disconnect,
+    label_of,
+    named_tensors,
+    producer,
+    set_input,
+    set_output,
+)
 from graphopt.linear import OPERATORS, Linear, LinearWeights, linear, set_weights
 from graphopt.pass_base import Context, PassResult, Skip
+from graphopt.sizes import numpy_dtype
 
 _POOLS = frozenset({"AveragePool", "MaxPool"})
 _HOMOGENEOUS = frozenset({"Abs", "LeakyRelu", "PRelu", "Relu"}) | _POOLS
@@ -130,7 +140,7 @@ class _Folder:
                 chain = self._extended(chains, link, node)
                 chains[id(chain.result)] = chain
             elif link is not None and self._is_asked_about(node):
-                self.skipped.append(Skip(_label(node), f"not folded: {link}"))
+                self.skipped.append(Skip(label_of(node), f"not folded: {link}"))
         return [chain for chain in chains.values() if any(map(is_batch_norm, chain.nodes)) == self.batch_norm]
 
     def _extended(self, chains: dict[int, _Chain], link: AffineNode, node: gs.Node) -> _Chain:
@@ -166,7 +176,7 @@ class _Folder:
             self._write(steps or [("Identity", None)], chain, chain.result)
             return True
         if self.batch_norm or (chain.touches_linear and not chain.is_bias_of_matmul):
-            self.skipped.append(Skip(_label(chain.nodes[0]), f"not folded: {down}; {up}"))
+            self.skipped.append(Skip(label_of(chain.nodes[0]), f"not folded: {down}; {up}"))
         return False
 
     def _down(self, chain: _Chain, own: Container[int], opset: int) -> _Move | str:
@@ -310,9 +320,7 @@ def _steps(chain: _Chain, affine: Affine) -> list[tuple[str, Array]] | None:
     dtype = chain.result.dtype
     if dtype is None:
         return None
-    if isinstance(dtype, int):  # graphsurgeon's word for a type that numpy lacks
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
-    steps = []
+    dtype, steps = numpy_dtype(dtype), []
     if not affine.keeps_scale:
         steps.append(("Mul", affine.constant(affine.scale, dtype)))
     if not affine.keeps_zero:
@@ -322,7 +330,7 @@ def _steps(chain: _Chain, affine: Affine) -> list[tuple[str, Array]] | None:
 
 def _least_scale(dtype: Any) -> float:
     """Return the least scale to divide a shift by: times a weight of its own size it is still a normal number."""
-    is_half = not isinstance(dtype, int) and dtype is not None and np.dtype(dtype) == np.float16
+    is_half = dtype is not None and numpy_dtype(dtype) == np.float16
     return float(np.sqrt(np.finfo(np.float16 if is_half else np.float32).tiny))
 
 
@@ -362,7 +370,3 @@ def _why_not_shift(chain: _Chain, operators: list[Linear]) -> str | None:
 def _not_finite(operator: Linear) -> str:
     dtype = operator.node.inputs[1].dtype
     return f"the folded weights of {operator.label} would not be finite in {dtype}"
-
-
-def _label(node: gs.Node) -> str:
-    return str(node.name or node.outputs[0].name)

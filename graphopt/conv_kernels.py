@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
-from graphopt.graph import constant_of, is_constant
-
-Channels = NDArray[np.float64]
+from graphopt.affine import Channels
+from graphopt.graph import constant_of, has_input, is_constant
 
 _FLOATS = (np.float16, np.float32, np.float64)
 _MAX_GROWTH = 4096  # bytes of weight
@@ -75,7 +73,7 @@ def kernel_of(conv: gs.Node) -> ConvKernel:
     sizes = stored.shape[2:]
     dilations = tuple(conv.attrs.get("dilations") or [1] * len(sizes))
     pads = _stated_pads(conv, [(size - 1) * dilation for size, dilation in zip(sizes, dilations, strict=True)])
-    bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2].name else None
+    bias = constant_of(conv.inputs[2]) if has_input(conv, 2) else None
     return ConvKernel(
         weight=stored.astype(np.float64),
         bias=np.zeros(stored.shape[0]) if bias is None else bias.astype(np.float64),

@@ -59,31 +59,28 @@ class Dequantized:
         return values.reshape(-1, *[1] * (len(self.shape) - 1 - self.axis))
 
 
-def why_not_dequantized(tensor: gs.Tensor) -> str | None:
-    """Say why a tensor is no DequantizeLinear of constants with one scale for the tensor or for each channel."""
+def dequantized(tensor: gs.Tensor) -> Dequantized | None:
+    """Return what a DequantizeLinear of constants computes a tensor from; None for any other tensor.
+
+    One with blocks, with another output type than that of its scale, or of a type that numpy lacks is another one too.
+    """
     node = producer(tensor)
     if node is None or node.op != "DequantizeLinear" or node.domain:
-        return "is computed by no DequantizeLinear"
-    if not all(is_constant(each) for each in node.inputs if each.name):
-        return "is dequantized from what is computed at run time"
-    if np.dtype(node.inputs[0].dtype).kind not in "iu":
-        return "is stored in a type that numpy lacks"
+        return None
     if node.attrs.get("block_size", 0) or node.attrs.get("output_dtype", 0):
-        return "is dequantized in blocks, or to another type than that of its scale"
-    return None
-
-
-def dequantized(tensor: gs.Tensor) -> Dequantized:
-    """Return the constants of a tensor for which `why_not_dequantized` has no reason."""
-    node = producer(tensor)
-    assert node is not None  # why_not_dequantized
+        return None
+    if (
+        not all(is_constant(each) for each in node.inputs if each.name)
+        or np.dtype(node.inputs[0].dtype).kind not in "iu"
+    ):
+        return None
     quantized, scale, *rest = (constant_of(each) for each in node.inputs if each.name)
-    assert quantized is not None
-    assert scale is not None
-    if scale.ndim == 0 or scale.size == 1:
-        zero_point = rest[0].reshape(()) if rest and rest[0] is not None else None
+    assert quantized is not None and scale is not None  # is_constant
+    zero_point = rest[0] if rest else None
+    if scale.size == 1:
+        zero_point = None if zero_point is None else zero_point.reshape(())
         return Dequantized(quantized, scale.reshape(()), zero_point, None)
-    return Dequantized(quantized, scale, rest[0] if rest else None, int(node.attrs.get("axis", 1)) % quantized.ndim)
+    return Dequantized(quantized, scale, zero_point, int(node.attrs.get("axis", 1)) % quantized.ndim)
 
 
 def why_not_rescaled(weight: Dequantized, output_axis: int | None, scale: Channels, opset: int) -> str | None:

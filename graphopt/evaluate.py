@@ -21,6 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from graphopt.graph import Array, present
+from graphopt.operators import MOVING
 
 _IR_VERSION = 10  # the model's own may be too old for its operators: real files state IR 3 with opset 8
 _FATAL = 4  # onnxruntime's log severity: what fails is reported here, not on stderr
@@ -81,15 +82,10 @@ def is_numpy_type(dtype: object) -> bool:
 def is_evaluated_by_reference(node: gs.Node) -> bool:
     """Tell whether a node moves, or casts, elements of a type that onnxruntime does not take from numpy."""
     dtypes = [tensor.dtype for tensor in (*node.inputs, *node.outputs) if tensor.dtype is not None]
-    return node.op in _MOVING and not all(map(is_numpy_type, dtypes))
+    return node.op in _BY_REFERENCE and not all(map(is_numpy_type, dtypes))
 
 
-_MOVING = frozenset(
-    {
-        *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
-        *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
-    }
-)
+_BY_REFERENCE = MOVING | {"Cast", "Concat", "Split"}
 
 
 def _computable(nodes: list[gs.Node], known: Mapping[int, Array]) -> list[gs.Node]:

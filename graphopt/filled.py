@@ -9,10 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphopt.graph import constant_of, producer
-
-_KEEP_VALUES = frozenset(
-    {"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
-)
+from graphopt.operators import MOVING
 
 
 def filled_with(tensor: gs.Tensor) -> np.generic | None:
@@ -34,7 +31,7 @@ def filled_with(tensor: gs.Tensor) -> np.generic | None:
         if node.op == "Concat":
             values = [filled_with(part) for part in {id(part): part for part in node.inputs}.values()]
             return values[0] if all(_same(value, values[0]) for value in values) else None
-        if node.op not in _KEEP_VALUES:
+        if node.op not in MOVING:
             return None
         tensor = node.inputs[0]
 

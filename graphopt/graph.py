@@ -49,6 +49,22 @@ def present(tensors: Iterable[gs.Tensor]) -> list[gs.Tensor]:
     return [tensor for tensor in tensors if tensor.name]
 
 
+def label_of(node: gs.Node) -> str:
+    """What reports call a node: its name, or that of its first output when it has none."""
+    return str(node.name or node.outputs[0].name)
+
+
+def has_input(node: gs.Node, index: int) -> bool:
+    """Whether a node has its input number `index`, which may be optional."""
+    return index < len(node.inputs) and bool(node.inputs[index].name)
+
+
+def integers_of(node: gs.Node, index: int) -> list[int] | None:
+    """The values of a constant integer input; None where it is omitted or computed."""
+    value = constant_of(node.inputs[index]) if has_input(node, index) else None
+    return None if value is None else [int(each) for each in value.reshape(-1)]
+
+
 def is_constant(tensor: gs.Tensor) -> bool:
     """Whether the value is known before the model runs, without loading it."""
     return _constant_source(tensor) is not None

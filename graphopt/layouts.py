@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Array, Names, constant_of, is_constant, present, set_input
-from graphopt.partial_values import known_dimensions, static_shape
+from graphopt.graph import Array, Names, has_input, integers_of, is_constant, present, set_input
+from graphopt.partial_values import dimensions_of, static_shape
 
 Permutation = tuple[int, ...]
 
@@ -89,14 +89,6 @@ def why_not_movable(node: gs.Node, opset: int) -> str | None:
     return rule.why_not(node)
 
 
-def dimensions_of(tensor: gs.Tensor) -> tuple[int | None, ...] | None:
-    """Return the dimensions of a tensor, also where it is the output of a Constant node."""
-    if isinstance(tensor, gs.Constant) or not is_constant(tensor):
-        return known_dimensions(tensor)
-    value = constant_of(tensor)
-    return None if value is None else value.shape
-
-
 def data_inputs(node: gs.Node) -> list[int]:
     """Return the inputs of a movable node that are computed and have its layout."""
     last = len(node.inputs) if LAYOUT_RULES[node.op].all_inputs else 1
@@ -122,19 +114,12 @@ def reads_as_data(node: gs.Node, tensor: gs.Tensor) -> bool:
 
 def _integers(node: gs.Node, index: int, attribute: str) -> list[int] | None:
     """Return what a node states as an attribute in old opsets, as an input in new ones; None if omitted or computed."""
-    if attribute in node.attrs:
-        return list(node.attrs[attribute])
-    value = constant_of(node.inputs[index]) if _has(node, index) else None
-    return None if value is None else [int(each) for each in value.reshape(-1)]
-
-
-def _has(node: gs.Node, index: int) -> bool:
-    return index < len(node.inputs) and bool(node.inputs[index].name)
+    return list(node.attrs[attribute]) if attribute in node.attrs else integers_of(node, index)
 
 
 def _needs_constant(index: int) -> Callable[[gs.Node], str | None]:
     def why_not(node: gs.Node) -> str | None:
-        computed = _has(node, index) and not is_constant(node.inputs[index])
+        computed = has_input(node, index) and not is_constant(node.inputs[index])
         return f"its input {node.inputs[index].name} is computed at run time" if computed else None
 
     return why_not
@@ -171,7 +156,7 @@ def _rename_axes_of_slice(layout: Layout) -> None:
         for name in ("starts", "ends"):
             node.attrs[name] = [node.attrs[name][place] for place in order]
         return
-    if not _has(node, 3):  # the first ones
+    if not has_input(node, 3):  # the first ones
         (count,) = static_shape(node.inputs[1]) or (0,)
         dtype = np.int64 if node.inputs[1].dtype is None else node.inputs[1].dtype
         axes = gs.Constant(layout.names.fresh(f"{node.outputs[0].name}_axes"), np.arange(count, dtype=dtype))
@@ -183,13 +168,13 @@ def _rename_axes_of_slice(layout: Layout) -> None:
 
 
 def _why_not_slice(node: gs.Node) -> str | None:
-    if "starts" not in node.attrs and not _has(node, 3) and static_shape(node.inputs[1]) is None:
+    if "starts" not in node.attrs and not has_input(node, 3) and static_shape(node.inputs[1]) is None:
         return "how many axes it slices is not known"
     return _needs_constant(3)(node)
 
 
 def _reorder_pads(layout: Layout) -> None:
-    if _has(layout.node, 3):
+    if has_input(layout.node, 3):
         return _rename_axes(3)(layout)
     pads = _integers(layout.node, 1, "pads") or []
     half = len(pads) // 2
@@ -202,7 +187,7 @@ def _reorder_pads(layout: Layout) -> None:
 
 
 def _why_not_pad(node: gs.Node) -> str | None:
-    return _needs_constant(3 if _has(node, 3) else 1)(node)
+    return _needs_constant(3 if has_input(node, 3) else 1)(node)
 
 
 def _reorder_repeats(layout: Layout) -> None:

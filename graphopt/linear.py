@@ -28,8 +28,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.affine import Affine, Channels, why_not_constant
-from graphopt.dequantized import Dequantized, dequantized, rescaled, why_not_dequantized, why_not_rescaled
-from graphopt.graph import Array, Names, constant_of, producer, set_input, set_output
+from graphopt.dequantized import Dequantized, dequantized, rescaled, why_not_rescaled
+from graphopt.graph import Array, Names, constant_of, has_input, set_input, set_output
+from graphopt.partial_values import shape_of_constant
 
 OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -54,6 +55,7 @@ class Linear:
 
     node: gs.Node
     weight_shape: tuple[int, ...]
+    dequantized: Dequantized | None  # what its weight is computed from
 
     @property
     def label(self) -> str:
@@ -150,8 +152,7 @@ class Linear:
         return 1 if self._groups == 1 else None
 
     def _why_not_scaled(self, affine: Affine, axis: int | None, opset: int) -> str | None:
-        weight = self.node.inputs[1]
-        return why_not_rescaled(dequantized(weight), axis, affine.scale, opset) if is_dequantized(weight) else None
+        return None if self.dequantized is None else why_not_rescaled(self.dequantized, axis, affine.scale, opset)
 
     def _bias(self) -> Channels:
         bias = _bias_input(self.node)
@@ -161,10 +162,9 @@ class Linear:
         return values * self.node.attrs.get("beta", 1.0) if self.node.op == "Gemm" else values.reshape(-1)
 
     def _scaled(self, factors: Channels, scale: Channels) -> Array | Dequantized:
-        weight = self.node.inputs[1]
-        if is_dequantized(weight):
-            return rescaled(dequantized(weight), scale, self._output_axis_of_weight or 0)
-        values = _known(weight)
+        if self.dequantized is not None:
+            return rescaled(self.dequantized, scale, self._output_axis_of_weight or 0)
+        values = _known(self.node.inputs[1])
         result = np.empty_like(values, order="C", subok=False)  # a memory-mapped file is not to be written to
         old, new = _channels_first(self.node, values), _channels_first(self.node, result)
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` tells
@@ -190,22 +190,15 @@ def linear(node: gs.Node, overridable: Container[str]) -> Linear | str:
     if node.domain or node.op not in OPERATORS:
         return f"{label} is not linear"
     weight, bias = node.inputs[1], _bias_input(node)
-    if bias is not None and not is_dequantized(bias) and (reason := why_not_constant(bias, overridable)) is not None:
-        return f"the bias of {label} {reason}"
-    if is_dequantized(weight):
-        shape = dequantized(weight).shape
-    elif (reason := why_not_constant(weight, overridable)) is not None:
-        return f"the weight of {label} {reason}"
-    else:
-        shape = tuple(weight.shape) if isinstance(weight, gs.Constant) else np.shape(_known(weight))
+    for role, tensor in (("bias", bias), ("weight", weight)):
+        reason = None if tensor is None else why_not_constant(tensor, overridable)
+        if tensor is not None and reason is not None and dequantized(tensor) is None:
+            return f"the {role} of {label} {reason}"
+    stored = dequantized(weight)
+    shape = shape_of_constant(weight) if stored is None else stored.shape
     if node.op == "MatMul" and len(shape) != 2:
         return f"the weight of {label} is no matrix"
-    return Linear(node, shape)
-
-
-def is_dequantized(tensor: gs.Tensor) -> bool:
-    """Tell whether a tensor is a DequantizeLinear of constants."""
-    return why_not_dequantized(tensor) is None
+    return Linear(node, shape, stored)
 
 
 def set_weights(node: gs.Node, weights: LinearWeights, names: Names) -> tuple[list[gs.Node], list[gs.Node]]:
@@ -252,13 +245,14 @@ def _channels_first(node: gs.Node, weight: Array) -> Array:
 
 
 def _bias_input(node: gs.Node) -> gs.Tensor | None:
-    return node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    return node.inputs[2] if has_input(node, 2) else None
 
 
 def _known(tensor: gs.Tensor) -> Array:
     value = constant_of(tensor)
     if value is not None:
         return value
-    if producer(tensor) is not None and is_dequantized(tensor):
-        return dequantized(tensor).values()
-    raise ValueError(f"{tensor.name} is not constant")
+    stored = dequantized(tensor)
+    if stored is None:
+        raise ValueError(f"{tensor.name} is not constant")
+    return stored.values()

@@ -18,5 +18,10 @@ RANDOM = frozenset(
 QUANTIZING = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 """Operators that say how a tensor is stored or computed, and must stay where they are."""
 
+MOVING = frozenset(
+    {"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)
+"""Operators whose result holds elements of their first input, each as it is."""
+
 NEVER_NEGATIVE = frozenset({"Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 """Operators whose result is not below zero; Abs is none: it leaves the lowest integer as it is."""

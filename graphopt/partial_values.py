@@ -18,7 +18,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graphopt.graph import Array, all_graphs, constant_of, present
+from graphopt.graph import Array, all_graphs, constant_of, is_constant, present
 from graphopt.shapes import is_name
 
 MAX_ELEMENTS = 64  # a shape has a handful: larger tensors are data
@@ -101,6 +101,25 @@ def known_dimensions(tensor: gs.Tensor) -> tuple[int | None, ...] | None:
         int(dimension) if isinstance(dimension, int | np.integer) and dimension > 0 else None
         for dimension in tensor.shape
     )
+
+
+def dimensions_of(tensor: gs.Tensor) -> tuple[int | None, ...] | None:
+    """Return the dimensions of a tensor, also where it is the output of a Constant node."""
+    return shape_of_constant(tensor) if is_constant(tensor) else known_dimensions(tensor)
+
+
+def shape_of_constant(tensor: gs.Tensor) -> tuple[int, ...]:
+    """Return the shape of a constant; that of an initializer without loading it.
+
+    Raises:
+        ValueError: the tensor is no constant.
+    """
+    if isinstance(tensor, gs.Constant):
+        return tuple(tensor.shape)
+    value = constant_of(tensor)
+    if value is None:
+        raise ValueError(f"{tensor.name} is not constant")
+    return value.shape
 
 
 class _UnknownError(Exception):

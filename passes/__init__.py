@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from graphopt.errors import PipelineError
 from graphopt.pass_base import Pass
 from graphopt.passes.calibrate import Calibrate
-from graphopt.passes.fold import Fold
+from graphopt.passes.fold import MEMBERS, Fold
 from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
@@ -55,28 +55,7 @@ __all__ = [
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (
-    Fold,
-    InlineFunctions,
-    RemoveIdentities,
-    FoldConstants,
-    RemoveDefaultInputs,
-    ReplaceConcat,
-    MergeDuplicateInitializers,
-    MergeCommonSubexpressions,
-    MergeReshapes,
-    MergeTransposes,
-    FoldBatchNorm,
-    FoldAffine,
-    MergeParallelConvs,
-    ReplaceSum,
-    FuseGemm,
-    FoldPad,
-    RemoveDeadNodes,
-    FreezeInputs,
-    Calibrate,
-    InsertQdq,
-)
+_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Calibrate, InsertQdq)
 
 
 @cache

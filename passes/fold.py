@@ -58,21 +58,21 @@ class Fold(Pass):
             PipelineError: a name in `skip` is no member of the group.
 
         """
-        known = [member.name for member in _MEMBERS]
+        known = [member.name for member in MEMBERS]
         for name in self.skip:
             if name not in known:
                 raise PipelineError(f"fold: skip={name} is none of its members; they are {', '.join(known)}")
 
     def members(self) -> list[Pass]:
         """Return the passes of the group, in the order in which they take turns."""
-        return [member() for member in _MEMBERS if member.name not in self.skip]
+        return [member() for member in MEMBERS if member.name not in self.skip]
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Run the members; `parts` counts their rewrites, `skipped` is what their last turns left alone."""
         return _Turns(graph, context, self.members(), self.max_growth).run()
 
 
-_MEMBERS: tuple[type[Pass], ...] = (
+MEMBERS: tuple[type[Pass], ...] = (
     InlineFunctions,
     RemoveIdentities,
     FoldConstants,

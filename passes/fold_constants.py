@@ -38,6 +38,7 @@ from graphopt.graph import (
     disconnect,
     disconnect_all,
     is_constant,
+    label_of,
     named_tensors,
     present,
     producer,
@@ -47,6 +48,7 @@ from graphopt.inline_branch import inline_branches
 from graphopt.operators import QUANTIZING, RANDOM
 from graphopt.partial_values import ShapeValues, static_shape
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.sizes import numpy_dtype
 
 _CONSTANT_OF_ANY_TYPE = 9  # the opset; before, Constant had floating-point types only
 _MAX_EVALUATED_BYTES = 2**30  # of one tensor on the way to a result
@@ -210,7 +212,7 @@ def _sizable(
         biggest = max((size for size in sizes.values() if size is not None), default=0)
         if biggest > _MAX_EVALUATED_BYTES:
             reason = f"evaluating it would take {biggest} bytes of memory"
-            skipped.append(Skip(_label(region.nodes[0]), reason))
+            skipped.append(Skip(label_of(region.nodes[0]), reason))
         elif None in sizes.values():
             large += region.nodes
         else:
@@ -235,14 +237,8 @@ def _sizes(region: Region, values: Mapping[int, Array]) -> dict[int, int | None]
         elif shape is None or dtype is None:
             sizes[id(tensor)] = None
         else:
-            sizes[id(tensor)] = int(np.prod(shape, dtype=object)) * _item_size(dtype)
+            sizes[id(tensor)] = int(np.prod(shape, dtype=object)) * numpy_dtype(dtype).itemsize
     return sizes
-
-
-def _item_size(dtype: object) -> int:
-    if isinstance(dtype, int):  # graphsurgeon's word for a type that numpy lacks
-        return int(onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize)
-    return int(np.dtype(dtype).itemsize)  # type: ignore[call-overload]
 
 
 def _choose(
@@ -260,7 +256,7 @@ def _choose(
     if kept is None:
         return chosen, []
     reason = f"folding it would grow the model by {grown} bytes, of which max_growth leaves {left}"
-    return chosen, [Skip(_label(kept), reason)]
+    return chosen, [Skip(label_of(kept), reason)]
 
 
 def _evaluated(
@@ -279,7 +275,7 @@ def _evaluated(
     for node in nodes:
         reason = evaluation.failures.get(id(node))
         if reason is not None:
-            skipped.append(Skip(_label(node), f"onnxruntime cannot evaluate it: {reason}"))
+            skipped.append(Skip(label_of(node), f"onnxruntime cannot evaluate it: {reason}"))
         if reason is not None or any(id(tensor) in missing for tensor in node.inputs):
             lost.add(id(node))
             missing.update(id(tensor) for tensor in present(node.outputs))
@@ -314,7 +310,3 @@ def _replace(
             elif tensor.outputs:
                 tensor.to_constant(values[id(tensor)])
     graph.nodes[:] = kept
-
-
-def _label(node: gs.Node) -> str:
-    return str(node.name or node.outputs[0].name)

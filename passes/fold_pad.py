@@ -23,7 +23,18 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Names, all_graphs, constant_of, is_constant, named_tensors, present, producer, set_input
+from graphopt.graph import (
+    Names,
+    all_graphs,
+    constant_of,
+    has_input,
+    is_constant,
+    label_of,
+    named_tensors,
+    present,
+    producer,
+    set_input,
+)
 from graphopt.operators import NEVER_NEGATIVE
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 
@@ -51,7 +62,7 @@ class FoldPad(Pass):
                     continue  # both would stay, and nothing be won
                 reason = _why_not_pad(pad) or _WHY_NOT[reader.op](pad, reader)
                 if reason is not None:
-                    skipped.append(Skip(pad.name or pad.outputs[0].name, f"not folded into {reader.op}: {reason}"))
+                    skipped.append(Skip(label_of(pad), f"not folded into {reader.op}: {reason}"))
                     continue
                 if reader.op == "Pad":
                     _join(pad, reader, names)
@@ -171,7 +182,7 @@ def _never_below(tensor: gs.Tensor, value: float) -> bool:
 
 def _clipped_at(clip: gs.Node) -> float:
     """The lower limit of a Clip: an attribute before opset 11, an input since; -inf where it is not known."""
-    if len(clip.inputs) > 1 and clip.inputs[1].name:
+    if has_input(clip, 1):
         limit = constant_of(clip.inputs[1])
         return -np.inf if limit is None else float(limit.reshape(()))
     return float(clip.attrs.get("min", -np.inf))
@@ -209,7 +220,7 @@ def _join(pad: gs.Node, reader: gs.Node, names: Names) -> None:
 
 def _value(pad: gs.Node) -> float:
     """The value that a Pad writes: an attribute before opset 11, an input since."""
-    if len(pad.inputs) > 2 and pad.inputs[2].name:
+    if has_input(pad, 2):
         value = constant_of(pad.inputs[2])
         return 0.0 if value is None else float(value.reshape(()))
     return float(pad.attrs.get("value", 0.0))
@@ -221,7 +232,7 @@ def _pads(pad: gs.Node) -> list[int] | None:
     if stated is None:
         return None
     pads = [int(each) for each in stated]
-    if len(pad.inputs) < 4 or not pad.inputs[3].name:
+    if not has_input(pad, 3):
         return pads
     axes, shape = constant_of(pad.inputs[3]), pad.inputs[0].shape
     if axes is None or shape is None:

@@ -23,6 +23,7 @@ from graphopt.graph import (
     constant_of,
     disconnect,
     is_constant,
+    label_of,
     named_tensors,
     producer,
     set_input,
@@ -59,7 +60,7 @@ class FuseGemm(Pass):
                     continue  # Gemm takes matrices only
                 reason = _why_not(product, bias, named)
                 if reason is not None:
-                    skipped.append(Skip(add.name or add.outputs[0].name, f"not fused into {product.op}: {reason}"))
+                    skipped.append(Skip(label_of(add), f"not fused into {product.op}: {reason}"))
                     continue
                 _fuse(product, add, bias, names)
                 gone.add(id(add))

@@ -31,6 +31,7 @@ from graphopt.graph import (
     constant_of,
     disconnect,
     is_constant,
+    label_of,
     named_tensors,
     producer,
     replace_uses,
@@ -102,7 +103,7 @@ class _Merger:
                 try:
                     self._merge(node, inner)
                 except _Refusal as refusal:
-                    skipped.append(Skip(node.name or node.outputs[0].name, f"not merged with {inner.op}: {refusal}"))
+                    skipped.append(Skip(label_of(node), f"not merged with {inner.op}: {refusal}"))
                     break
                 self.merged[op] += 1
                 for each in (node, inner):

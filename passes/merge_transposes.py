@@ -40,6 +40,7 @@ from graphopt.graph import (
     constant_of,
     disconnect,
     is_constant,
+    label_of,
     named_tensors,
     producer,
     replace_uses,
@@ -52,7 +53,6 @@ from graphopt.layouts import (
     Permutation,
     data_inputs,
     data_outputs,
-    dimensions_of,
     has_layout_rule,
     inverse,
     is_single,
@@ -61,7 +61,7 @@ from graphopt.layouts import (
     why_not_movable,
 )
 from graphopt.node_order import sorted_nodes
-from graphopt.partial_values import known_dimensions
+from graphopt.partial_values import dimensions_of, known_dimensions
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 
 
@@ -163,31 +163,27 @@ class _Merger:
     def skips(self) -> Iterator[Skip]:
         """Yield what looked like a match; called when there is nothing left to do."""
         for node in self._transposes():
-            where = node.name or node.outputs[0].name
+            where = label_of(node)
             if _permutation(node) is None:
                 yield Skip(where, "it reverses the axes of a tensor whose rank is not known")
                 continue
             for reader in node.outputs[0].outputs:
                 reason = why_not_movable(reader, self.graph.opset) if has_layout_rule(reader) else None
                 if reason is not None:
-                    yield Skip(
-                        where, f"not moved through {reader.op} {reader.name or reader.outputs[0].name}: {reason}"
-                    )
+                    yield Skip(where, f"not moved through {reader.op} {label_of(reader)}: {reason}")
                 elif reader.op == "Gemm" and not reader.domain and self._is_matrix(node):
                     yield Skip(where, "not merged into Gemm: something else uses its result too")
             found = _flattening(node)
             reason = found and self._why_not_into_weight(node, *found)
             if found and reason:
-                yield Skip(
-                    where, f"not merged into the weight of {found[1].name or found[1].outputs[0].name}: {reason}"
-                )
+                yield Skip(where, f"not merged into the weight of {label_of(found[1])}: {reason}")
         for region in self._regions():
             borders = _Borders(self, region)
             matches = [node for node in borders.before if inverse(borders.before[node]) in borders.after]
             for key in matches:
                 node = self.own[key]
                 reason = "moving it to the Transpose that undoes it takes as many new Transposes as it saves"
-                yield Skip(node.name or node.outputs[0].name, reason)
+                yield Skip(label_of(node), reason)
 
     def _transposes(self) -> list[gs.Node]:
         return [node for node in self.own.values() if _is_transpose(node)]

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import all_graphs, bodies, disconnect_all, nested_output_names, present, producer
+from graphopt.graph import all_graphs, bodies, disconnect_all, named_tensors, present, producer
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 
 
@@ -45,8 +45,7 @@ class _Uses:
     """How often each tensor is used, as nodes go."""
 
     def __init__(self, root: gs.Graph) -> None:
-        self._outputs = {id(output) for graph in all_graphs(root) for output in graph.outputs}
-        self._returned = nested_output_names(root)
+        self._named = named_tensors(root)
         self._gone: Counter[int] = Counter()
 
     def drop(self, tensor: gs.Tensor) -> None:
@@ -56,7 +55,7 @@ class _Uses:
     def any_of(self, node: gs.Node) -> bool:
         """Whether any result of a node is used."""
         return any(
-            id(tensor) in self._outputs or tensor.name in self._returned or len(tensor.outputs) > self._gone[id(tensor)]
+            id(tensor) in self._named or len(tensor.outputs) > self._gone[id(tensor)]
             for tensor in present(node.outputs)
         )
 

@@ -32,7 +32,9 @@ from graphopt.graph import (
     all_graphs,
     constant_of,
     disconnect,
-    nested_output_names,
+    has_input,
+    integers_of,
+    named_tensors,
     producer,
     replace_uses,
     set_output,
@@ -55,10 +57,7 @@ class RemoveIdentities(Pass):
         """Remove them from `graph` and the graphs in it; `parts` counts by operator."""
         if any(node.op in _READ_TYPES for each in all_graphs(graph) for node in each.nodes):
             context.infer_shapes(graph)
-        remover = _Remover(
-            outputs={id(output) for each in all_graphs(graph) for output in each.outputs},
-            returned=nested_output_names(graph),
-        )
+        remover = _Remover(named_tensors(graph))
         for each in all_graphs(graph):
             remover.remove_in(each)
         return PassResult(rewrites=sum(remover.removed.values()), parts=remover.removed)
@@ -66,8 +65,7 @@ class RemoveIdentities(Pass):
 
 @dataclass
 class _Remover:
-    outputs: Set[int]  # ids of graph outputs
-    returned: Set[str]  # names that branches return
+    named: Set[int]  # ids of the tensors whose names stay
     removed: dict[str, int] = field(default_factory=dict)  # by operator
 
     def remove_in(self, graph: gs.Graph) -> None:
@@ -85,21 +83,18 @@ class _Remover:
     def _remove(self, node: gs.Node, tensor: gs.Tensor, own: Set[int]) -> bool:
         """Let `tensor` take the place of the node's output; False where both names are needed."""
         output = node.outputs[0]
-        if not self._is_named(output):
+        if id(output) not in self.named:
             disconnect(node)
             replace_uses(output, tensor)
             return True
         source = producer(tensor)
-        if source is None or id(source) not in own or self._is_named(tensor):
+        if source is None or id(source) not in own or id(tensor) in self.named:
             return False
         position = next(index for index, each in enumerate(source.outputs) if each is tensor)
         disconnect(node)
         set_output(source, position, output)
         replace_uses(tensor, output)
         return True
-
-    def _is_named(self, tensor: gs.Tensor) -> bool:
-        return id(tensor) in self.outputs or tensor.name in self.returned
 
 
 # Each rule returns the tensor that a node returns as it is, None where that is not certain.
@@ -125,7 +120,7 @@ def _dropout(node: gs.Node, opset: int) -> bool:
         return False
     if opset < 7:
         return bool(node.attrs.get("is_test", 0))
-    if not _has(node, 2):
+    if not has_input(node, 2):
         return True
     training = constant_of(node.inputs[2])
     return training is not None and not training.any()
@@ -165,16 +160,8 @@ def _transpose(node: gs.Node, _opset: int) -> bool:
 
 
 def _pad(node: gs.Node, opset: int) -> bool:
-    pads = node.attrs.get("pads") if opset < 11 else _integers(node, 1)
+    pads = node.attrs.get("pads") if opset < 11 else integers_of(node, 1)
     return pads is not None and not any(pads)
-
-
-def _integers(node: gs.Node, index: int) -> list[int] | None:
-    """Return the value of a constant integer input of one axis; None where omitted or not constant."""
-    if not _has(node, index):
-        return None
-    value = constant_of(node.inputs[index])
-    return None if value is None else [int(each) for each in value.reshape(-1)]
 
 
 def _slice(node: gs.Node, opset: int) -> bool:
@@ -183,9 +170,9 @@ def _slice(node: gs.Node, opset: int) -> bool:
         starts, ends = node.attrs["starts"], node.attrs["ends"]
         axes, steps = node.attrs.get("axes"), None
     else:
-        starts, ends = _integers(node, 1), _integers(node, 2)
-        axes, steps = _integers(node, 3), _integers(node, 4)
-        if any(given and known is None for given, known in ((_has(node, 3), axes), (_has(node, 4), steps))):
+        starts, ends = integers_of(node, 1), integers_of(node, 2)
+        axes, steps = integers_of(node, 3), integers_of(node, 4)
+        if any(given and known is None for given, known in ((has_input(node, 3), axes), (has_input(node, 4), steps))):
             return False
     if starts is None or ends is None or any(starts) or any(step != 1 for step in steps or ()):
         return False
@@ -194,10 +181,6 @@ def _slice(node: gs.Node, opset: int) -> bool:
         if end < (_TO_THE_END if dimension is None else dimension):
             return False
     return True
-
-
-def _has(node: gs.Node, index: int) -> bool:
-    return index < len(node.inputs) and bool(node.inputs[index].name)
 
 
 def _gather(node: gs.Node, _opset: int) -> bool:
@@ -216,7 +199,7 @@ def _flatten(node: gs.Node, _opset: int) -> bool:
 def _reshape(node: gs.Node, opset: int) -> bool:
     """Keep where all dimensions but one are known to stay: the number of elements then settles the last."""
     dimensions = known_dimensions(node.inputs[0])
-    target = _integers(node, 1) if opset >= 5 else node.attrs.get("shape")
+    target = integers_of(node, 1) if opset >= 5 else node.attrs.get("shape")
     if dimensions is None or target is None or len(target) != len(dimensions):
         return False
     copies = not node.attrs.get("allowzero", 0)
@@ -234,34 +217,34 @@ def _reshape(node: gs.Node, opset: int) -> bool:
 
 
 def _expand(node: gs.Node, _opset: int) -> bool:
-    target = _integers(node, 1)
+    target = integers_of(node, 1)
     return target is not None and _keeps_shape(node.inputs[0], target)
 
 
 def _tile(node: gs.Node, opset: int) -> bool:
-    repeats = _integers(node, 1) if opset >= 6 else None
+    repeats = integers_of(node, 1) if opset >= 6 else None
     return repeats is not None and all(each == 1 for each in repeats)
 
 
 def _squeeze(node: gs.Node, _opset: int) -> bool:
     """Keep where every axis of size 1 is asked for, and there is none."""
     shape = static_shape(node.inputs[0])
-    return not _has(node, 1) and not node.attrs.get("axes") and shape is not None and 1 not in shape
+    return not has_input(node, 1) and not node.attrs.get("axes") and shape is not None and 1 not in shape
 
 
 def _unsqueeze(node: gs.Node, opset: int) -> bool:
-    return (node.attrs.get("axes") if opset < 13 else _integers(node, 1)) == []
+    return (node.attrs.get("axes") if opset < 13 else integers_of(node, 1)) == []
 
 
 def _reduce(node: gs.Node, _opset: int) -> bool:
-    return bool(node.attrs.get("noop_with_empty_axes", 0)) and (not _has(node, 1) or _integers(node, 1) == [])
+    return bool(node.attrs.get("noop_with_empty_axes", 0)) and (not has_input(node, 1) or integers_of(node, 1) == [])
 
 
 def _resize(node: gs.Node, opset: int) -> bool:
-    if node.attrs.get("coordinate_transformation_mode", "half_pixel") not in _ALIGNED or _has(node, 3):
+    if node.attrs.get("coordinate_transformation_mode", "half_pixel") not in _ALIGNED or has_input(node, 3):
         return False
     index = 1 if opset < 11 else 2
-    scales = constant_of(node.inputs[index]) if _has(node, index) else None
+    scales = constant_of(node.inputs[index]) if has_input(node, index) else None
     return scales is not None and scales.size > 0 and bool((scales == 1).all())
 
 
@@ -324,7 +307,7 @@ def _relu(node: gs.Node, opset: int) -> bool:
         return before.op in NEVER_NEGATIVE
     if opset < 11:
         return bool(before.attrs.get("min", -1) >= 0)
-    low = constant_of(before.inputs[1]) if _has(before, 1) else None
+    low = constant_of(before.inputs[1]) if has_input(before, 1) else None
     return low is not None and bool(low >= 0)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.filled import filled_with
-from graphopt.graph import Names, all_graphs, constant_of, disconnect, is_constant, named_tensors, producer
+from graphopt.graph import Names, all_graphs, constant_of, disconnect, is_constant, label_of, named_tensors, producer
 from graphopt.partial_values import ShapeValues, known_dimensions
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 
@@ -71,7 +71,7 @@ class ReplaceConcat(Pass):
 
 
 def _skip(node: gs.Node, reason: str | None) -> Skip:
-    return Skip(node.name or node.outputs[0].name, f"not replaced by Pad: {reason}")
+    return Skip(label_of(node), f"not replaced by Pad: {reason}")
 
 
 @dataclass(frozen=True)

@@ -107,14 +107,14 @@ _TWO_ADDS = '<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N
 
 
 def test_stops_when_members_undo_each_other(monkeypatch):
-    monkeypatch.setattr(fold, "_MEMBERS", (ReplaceSum, _WriteSum))
+    monkeypatch.setattr(fold, "MEMBERS", (ReplaceSum, _WriteSum))
     result, model = apply_and_compare(_TWO_ADDS, Fold())
     assert "its members undo each other's changes (replace-sum, write-sum)" in result.notes[0]
     assert ops(model).total() == 2
 
 
 def test_stops_after_a_bounded_number_of_rounds(monkeypatch):
-    monkeypatch.setattr(fold, "_MEMBERS", (_RenameOutput,))
+    monkeypatch.setattr(fold, "MEMBERS", (_RenameOutput,))
     result, _ = apply_and_compare(_TWO_ADDS, Fold())
     assert "20 rounds were not enough" in result.notes[0]
     assert result.rewrites == 20
