@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graphopt.checking import Check, check_models
 from graphopt.data import DataSource, load_samples, refuse_limit
+from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, refuse_target
@@ -29,6 +30,7 @@ _UNCALIBRATED = (
 )
 
 
+@rare_collections()
 def optimize(
     model: Source,
     passes: str | Sequence[Pass],

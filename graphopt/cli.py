@@ -26,6 +26,7 @@ from rich.progress import Progress as ProgressBars
 from graphopt.api import calibrates, check, inspect, optimize
 from graphopt.data import data_file
 from graphopt.errors import GraphoptError, OutputError
+from graphopt.garbage import rare_collections
 from graphopt.model_io import load_model, refuse_target
 from graphopt.passes import registry
 from graphopt.pipeline import parse_pipeline
@@ -38,6 +39,7 @@ from graphopt.version import VERSION
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
+@rare_collections()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parsed = _parser().parse_args(arguments)

@@ -67,6 +67,7 @@ class PassManager:
         self.passes = tuple(passes)
         self.verify = verify
 
+    @rare_collections()
     def run(self, source: Source, context: Context | None = None, *, failure_folder: Path | None = None) -> Result:
         """Run the passes over a clone of `source`.
 
@@ -152,8 +153,7 @@ class PassManager:
         result = PassResult()
         after = before
         try:
-            with rare_collections():
-                result = item.apply(candidate.graph, context)
+            result = item.apply(candidate.graph, context)
             if before is not None and result.rewrites:
                 after = examine(candidate, feeds)
                 failure = judge(before, after, item.effect)
