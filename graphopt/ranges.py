@@ -49,7 +49,7 @@ class TensorRange:
     observed_minimum: float
     observed_maximum: float
     mean: float | None  # of all values, to one part in 2048 of the largest; None where the method keeps no histogram
-    zero_fraction: float  # of the values, 0 to 1
+    zero_fraction: float | None  # of the values, 0 to 1; None where nobody counted
     count: int  # of values over all samples
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ def _tensor_range(fields: Any, where: str) -> TensorRange:
         "observed_minimum": float(_value(fields, "observed_minimum", _NUMBER, where)),
         "observed_maximum": float(_value(fields, "observed_maximum", _NUMBER, where)),
         "mean": _value(fields, "mean", (*_NUMBER, NoneType), where),
-        "zero_fraction": float(_value(fields, "zero_fraction", _NUMBER, where)),
+        "zero_fraction": _value(fields, "zero_fraction", (*_NUMBER, NoneType), where),
         "count": _value(fields, "count", int, where),
     }
     try:

@@ -82,7 +82,7 @@ class Calibrate(Pass):
             observed_minimum=seen.minimum,
             observed_maximum=seen.maximum,
             mean=seen.mean if isinstance(seen, Histogram) else None,
-            zero_fraction=seen.zeros / seen.count,
+            zero_fraction=None if seen.zeros is None else seen.zeros / seen.count,
             count=seen.count,
         )
 

@@ -43,7 +43,7 @@ def test_the_ranges_of_what_the_target_quantizes_go_into_the_context():
     assert result.parts == {"tensors": 3}
     positive = context.ranges.tensors["positive"]
     assert (positive.minimum, positive.maximum, positive.method) == (0, 4, "minmax")
-    assert (positive.count, positive.zero_fraction) == (6, 4 / 6)
+    assert (positive.count, positive.zero_fraction) == (6, None)
     assert (context.ranges.source, context.ranges.samples, context.ranges.synthetic) == ("rows.npz", 3, False)
 
 
