@@ -7,19 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from graphopt.checking import Check, check_models
-from graphopt.data import DataSource, load_samples, refuse_limit
+from graphopt.data import DataSource, Shard, load_samples, refuse_limit
+from graphopt.errors import PipelineError
+from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, refuse_target
-from graphopt.pass_base import Context, Effect, Pass
+from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, registry
+from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
+from graphopt.report.records import Report
 from graphopt.runtime import open_session
 from graphopt.targets import target_named
+from graphopt.thresholds import Method
 
 CHECK_SAMPLES = 64
 """Samples that the check at the end of `optimize` uses; `check` uses all that it is given."""
@@ -39,6 +44,7 @@ def optimize(
     samples: int | None = None,
     target: str = "ort-cpu",
     ranges: str | Path | Ranges | None = None,
+    memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
     progress: Progress = silent,
     failure_folder: Path | None = None,
@@ -52,6 +58,7 @@ def optimize(
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
         ranges: a file that `calibrate` writes, or that is read when the pipeline has no `calibrate`; or ranges.
+        memory_budget: bytes of activations that calibration may hold at a time.
         verify: check the model after every pass, and compare with the float model after a lossy one.
         progress: is told how far the work is.
         failure_folder: gets what reproduces the failure of a pass.
@@ -61,7 +68,7 @@ def optimize(
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
     manager = PassManager(pipeline, verify=verify)
-    context = Context(target=target_named(target), progress=progress)
+    context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
     float_model = load_model(model)
     ranges_file = Path(ranges) if isinstance(ranges, str | Path) else None
     if isinstance(ranges, Ranges):
@@ -70,16 +77,73 @@ def optimize(
         refuse_target(ranges_file, overwrite=True, protect=float_model.files)
     elif ranges_file is not None:
         context.ranges = Ranges.load(ranges_file)
+    other_model = _other_model(context.ranges, float_model)
     refuse_limit(samples)
     if data is not None:
         context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
     result = manager.run(float_model, context, failure_folder=failure_folder)
     if ranges_file is not None and calibrates(pipeline) and context.ranges is not None:
-        context.ranges.save(ranges_file)
+        _of_model(context.ranges, float_model).save(ranges_file)
     if verify and _changed_outputs(pipeline, result):
         result.report.check = _final_check(float_model, result, context)
-    result.report.warnings[:0] = _data_warnings(pipeline, context, result.report.check)
+    result.report.warnings[:0] = [*_data_warnings(pipeline, context, result.report.check), *other_model]
     return result
+
+
+@rare_collections()
+def calibrate(
+    model: Source,
+    data: DataSource | None = None,
+    *,
+    passes: str | Sequence[Pass] = "fold",
+    method: Method = DEFAULT_METHOD,
+    percent: float = 99.99,
+    histograms: bool = False,
+    samples: int | None = None,
+    shard: Shard | None = None,
+    target: str = "ort-cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress = silent,
+) -> tuple[Ranges, Report]:
+    """Find the ranges of the tensors that a target quantizes, and nothing else.
+
+    Args:
+        model: a path, a ModelProto or a gs.Graph.
+        data: what `load_samples` takes; None: made-up inputs.
+        passes: what `optimize` will run before `calibrate`, so that tensors have the names that it will ask for.
+        method: how ranges are chosen.
+        percent: for the method percentile.
+        histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
+        samples: use at most this many samples of `data`, before they are divided.
+        shard: which part of the samples to use; `merged` makes one of all parts.
+        target: a name in `graphopt.targets.TARGETS`.
+        memory_budget: bytes of activations to hold at a time.
+        progress: is told how far the work is.
+
+    Returns:
+        the ranges, and what happened.
+
+    Raises:
+        GraphoptError: the model, the data or the request is wrong.
+    """
+    pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
+    if calibrates(pipeline) or any(item.effect is Effect.LOSSY for item in pipeline):
+        raise PipelineError("the passes of calibrate are those that come before it in the pipeline of optimize")
+    pipeline.append(Calibrate(method=method, percent=percent, histograms=histograms or shard is not None))
+    if shard is not None and (data is None or not method.merges):
+        raise PipelineError("a shard needs --data and a method that does not depend on the order of the samples")
+    refuse_limit(samples)
+    float_model = load_model(model)
+    context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
+    if data is not None:
+        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
+    if shard is not None and context.samples is not None:
+        context.samples = shard.of(context.samples)
+    result = PassManager(pipeline, verify=False).run(float_model, context)
+    result.report.warnings[:0] = _data_warnings(pipeline, context, None)
+    assert context.ranges is not None, "calibrate leaves ranges or raises"
+    found = _of_model(context.ranges, float_model)
+    return replace(found, shard="" if shard is None else str(shard)), result.report
 
 
 def calibrates(pipeline: Sequence[Pass]) -> bool:
@@ -144,6 +208,20 @@ def inspect(model: Source) -> Inspection:
         activations_unknown=costs.activations_unknown,
         assumed_shapes=costs.assumed_shapes,
     )
+
+
+def _of_model(ranges: Ranges, model: Model) -> Ranges:
+    """Ranges with the name and the hash of the file that their model came from."""
+    if model.path is None:
+        return ranges
+    return replace(ranges, model=model.path.name, model_sha256=sha256_of(model.files))
+
+
+def _other_model(ranges: Ranges | None, model: Model) -> list[str]:
+    """A warning where ranges were found on another file than the model's."""
+    if ranges is None or not ranges.model_sha256 or model.path is None or ranges.model_sha256 == sha256_of(model.files):
+        return []
+    return [f"the ranges were found on another model, {ranges.model}: only tensors of the same names get one"]
 
 
 def _final_check(float_model: Model, result: Result, context: Context) -> Check:

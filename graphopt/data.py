@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +77,53 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
         synthetic=isinstance(source, Samples) and source.synthetic,
         notes=(*found.notes, *_ignored(first, inputs, found.description)),
     )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `total` parts of some samples: every `total`-th of them, from number `number`, counted from 1.
+
+    Raises:
+        DataError: there is no such part.
+    """
+
+    number: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.total:
+            raise DataError(f"there is no shard {self}: give I/N with I from 1 to N, such as 1/4")
+
+    def __str__(self) -> str:
+        """As the command line takes it."""
+        return f"{self.number}/{self.total}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `I/N`.
+
+        Raises:
+            DataError: it is something else.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise DataError(f"'{text}' is no shard: give I/N with I from 1 to N, such as 1/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, samples: Samples) -> Samples:
+        """The samples that are this part of `samples`.
+
+        Raises:
+            DataError: there is none.
+        """
+
+        def start() -> Iterator[Feed]:
+            return islice(samples, self.number - 1, None, self.total)
+
+        count = None if samples.count is None else len(range(self.number - 1, samples.count, self.total))
+        if next(start(), None) is None:
+            raise DataError(f"{samples.description} has no samples for shard {self}: divide it into fewer")
+        return replace(samples, start=start, count=count)
 
 
 def refuse_limit(limit: int | None) -> None:

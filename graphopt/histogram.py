@@ -13,9 +13,11 @@ samples and however they are batched, and histograms of two shards of the data m
 
 from __future__ import annotations
 
+import base64
 import math
 import threading
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +29,7 @@ BINS = 2048  # on each side of zero
 FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 
 _CHUNK = 1 << 17  # values taken in at a time: few calls, and buffers that stay in a core's cache
+_MOVING = 0.01  # weight of a new sample in a moving average
 _SMALLEST_EXPONENT = -120  # of the bin width: its inverse is a float32; smaller values fall into bin 0
 
 
@@ -80,6 +83,36 @@ class Extremes:
         """Take in what only a subclass keeps; `low` and `high` are the chunk's extremes."""
 
 
+class MovingAverage(Extremes):
+    """Also averages of the samples' minima and maxima that favour the last samples.
+
+    As quantization-aware training has them (Jacob et al. 2018, section 3.1; PyTorch's MovingAverageMinMaxObserver):
+    average += (of this sample - average) / 100, from those of the first sample on. They depend on the order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average_minimum = math.nan
+        self.average_maximum = math.nan
+
+    def add_extremes(self, minimum: float, maximum: float, count: int) -> None:
+        """Take in a sample; one without values changes nothing."""
+        if count and self.count:
+            self.average_minimum += (minimum - self.average_minimum) * _MOVING
+            self.average_maximum += (maximum - self.average_maximum) * _MOVING
+        elif count:
+            self.average_minimum, self.average_maximum = minimum, maximum
+        super().add_extremes(minimum, maximum, count)
+
+    def merge(self, other: Extremes) -> None:
+        """Refuse.
+
+        Raises:
+            TypeError: always: what came first is not known.
+        """
+        raise TypeError("moving averages do not merge: they depend on the order of the samples")
+
+
 class Histogram(Extremes):
     """The extremes of a tensor and the distribution of its values.
 
@@ -108,9 +141,19 @@ class Histogram(Extremes):
         """
         if not self.count:
             return math.nan
+        return float(self.middles() @ self.counts) / self.count
+
+    @property
+    def second_moment(self) -> float:
+        """The mean of the squares, with each value at the middle of its bin, as `mean`."""
+        if not self.count:
+            return math.nan
+        return float(self.middles() ** 2 @ self.counts) / self.count
+
+    def middles(self) -> NDArray[np.float64]:
+        """The middle of each bin, in the tensor's unit; 0 for bin 0, where the zeros are."""
         bins = np.arange(1 - BINS, BINS)
-        middles = bins + 0.5 * np.sign(bins)
-        return float(middles @ self.counts) / self.count * self.width
+        return (bins + 0.5 * np.sign(bins)) * self.width
 
     def magnitudes(self) -> NDArray[np.int64]:
         """The counts of |x|: `BINS` int64 entries, entry k for k * width <= |x| < (k + 1) * width."""
@@ -130,6 +173,39 @@ class Histogram(Extremes):
         exponent = max(self.width_exponent, other.width_exponent)
         self._widen(exponent)
         self.counts += _widened(other.counts, exponent - other.width_exponent)
+
+    def to_json(self) -> dict[str, Any]:
+        """The bins for a file; the extremes and the numbers of values and zeros are kept beside it."""
+        filled = np.flatnonzero(self.counts)
+        first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
+        packed = zlib.compress(self.counts[first:last].astype("<i8").tobytes(), 9)
+        return {
+            "width_exponent": self.width_exponent,
+            "first_bin": first + 1 - BINS,
+            "counts": base64.b64encode(packed).decode(),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], seen: Extremes) -> Histogram:
+        """A histogram from what `to_json` gave and from what was kept beside it.
+
+        Raises:
+            ValueError: the record is damaged, or is of other values than `seen`.
+        """
+        histogram = cls()
+        histogram.minimum, histogram.maximum = seen.minimum, seen.maximum
+        histogram.count, histogram.zeros = seen.count, seen.zeros
+        try:
+            counts = np.frombuffer(zlib.decompress(base64.b64decode(record["counts"], validate=True)), "<i8")
+            first = int(record["first_bin"]) - 1 + BINS
+            histogram.width_exponent = int(record["width_exponent"])
+            histogram.counts[first : first + len(counts)] = counts
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"its histogram is damaged: {error}") from error
+        largest = max(-seen.minimum, seen.maximum)
+        if histogram.counts.sum() != seen.count or histogram.width_exponent != _width_exponent(largest):
+            raise ValueError("its histogram is of other values than its extremes and its count")
+        return histogram
 
     def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
         self._widen(_width_exponent(max(-low, high)))

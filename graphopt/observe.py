@@ -28,16 +28,13 @@ from graphopt.graph import Array, all_graphs, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
 from graphopt.overlap import Overlap, not_finite
-from graphopt.pass_base import Skip
+from graphopt.pass_base import MEMORY_BUDGET, Skip
 from graphopt.progress import Progress, silent, track
 from graphopt.reductions import Reductions
 from graphopt.runtime import open_session, release_free_memory
 from graphopt.sizes import is_typed_tensor, nbytes, numpy_dtype, tensors_at
 
 Statistics = TypeVar("Statistics", bound=Extremes)
-
-MEMORY_BUDGET = 2**30
-"""Bytes of observed tensors that may be alive at a time, unless a caller says otherwise."""
 
 _SAMPLES_ALIVE = 2
 _BATCH_NBYTES = 2**23  # of all tensors; samples of fewer are joined up to it
@@ -50,7 +47,7 @@ class Observation(Generic[Statistics]):
     statistics: Mapping[str, Statistics]
     skipped: tuple[Skip, ...]
     samples: int
-    runs: int = 1  # over all samples
+    notes: tuple[str, ...] = ()  # how the memory budget was kept
 
 
 def observe(
@@ -99,7 +96,7 @@ def observe(
         statistics={name: found.seen[name] for name in names if name in found.seen and found.seen[name].count},
         skipped=tuple(skipped),
         samples=found.samples,
-        runs=found.runs,
+        notes=found.notes,
     )
 
 
@@ -108,7 +105,7 @@ class _Found(Generic[Statistics]):
     seen: dict[str, Statistics]
     samples: int
     other_types: dict[str, str]  # by tensor, why it is not observed
-    runs: int = 1
+    notes: tuple[str, ...] = ()
 
 
 def _observe_extremes(
@@ -143,7 +140,7 @@ def _observe_values(
     memory_budget: int,
 ) -> _Found[Statistics]:
     groups = _groups(sizes, memory_budget // _SAMPLES_ALIVE)
-    found = _Found[Statistics]({}, 0, {}, len(groups))
+    found = _Found[Statistics]({}, 0, {}, _notes(sizes, groups, memory_budget))
     for number, group in enumerate(groups, 1):
         run = f", run {number} of {len(groups)}" if len(groups) > 1 else ""
         one = sum(sizes[name] for name in group)
@@ -233,6 +230,19 @@ def _nbytes(model: Model, names: Sequence[str], sized: Mapping[str, gs.Tensor], 
         for name, reduced in counted.items():
             found[name] = 0 if isinstance(reduced, NonFiniteError) else reduced.count * uncounted[name].itemsize
     return {name: count or 0 for name, count in found.items()}
+
+
+def _notes(sizes: Mapping[str, int], groups: Sequence[Sequence[str]], memory_budget: int) -> tuple[str, ...]:
+    if len(groups) == 1:
+        return ()
+    largest = max(sum(sizes[name] for name in group) for group in groups) * _SAMPLES_ALIVE
+    note = (
+        f"the samples ran {len(groups)} times, for a group of tensors each, to keep to "
+        f"{memory_budget / 2**20:.0f} MiB of activations"
+    )
+    if largest > memory_budget:
+        return (f"{note}; the largest tensor alone took {largest / 2**20:.0f} MiB",)
+    return (note,)
 
 
 def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:

@@ -87,11 +87,12 @@ class PassManager:
             context.progress(f"pass {item.name}", 0, 1)
             previous = model
             try:
-                model, record, before = self._run_one(item, previous, context, feeds, before)
+                model, record, warnings, before = self._run_one(item, previous, context, feeds, before)
             except GraphoptError as error:
                 raise _with_earlier_failure(error, report) from error
             context.progress(f"pass {item.name}", 1, 1)
             report.passes.append(record)
+            report.warnings += warnings
             if item.effect is Effect.LOSSY and not record.rewrites and record.failure is None:
                 report.warnings.append(f"pass {item.name} changed nothing" + (_SEE_SKIPPED if record.skipped else ""))
             if record.failure is not None and failure_folder is not None:
@@ -144,7 +145,7 @@ class PassManager:
 
     def _run_one(
         self, item: Pass, model: Model, context: Context, feeds: Sequence[Feed], before: Verdict | None
-    ) -> tuple[Model, PassRecord, Verdict | None]:
+    ) -> tuple[Model, PassRecord, tuple[str, ...], Verdict | None]:
         """Apply one pass to a clone; return the clone, or the model itself where the clone is not to be used."""
         candidate = model.copy()
         context.frame = candidate.frame
@@ -177,7 +178,7 @@ class PassManager:
             notes=result.notes,
             failure=failure,
         )
-        return final, record, after if is_kept else before
+        return final, record, result.warnings, after if is_kept else before
 
 
 def _with_earlier_failure(error: GraphoptError, report: Report) -> GraphoptError:

@@ -6,26 +6,25 @@ observed: `graphopt.observe`; how a range follows from it: `graphopt.thresholds`
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from graphopt.data_checks import DataChecks
 from graphopt.errors import PipelineError
-from graphopt.histogram import Extremes, Histogram
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.placement import place
-from graphopt.ranges import Ranges, TensorRange
+from graphopt.ranges import Ranges, range_of
 from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
-from graphopt.thresholds import Method, choose_range
+from graphopt.thresholds import Method
 
-DEFAULT_METHOD = Method.MSE
-FEW_SAMPLES = 32
-"""Fewer are warned about."""
+DEFAULT_METHOD = Method.AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,10 @@ class Calibrate(Pass):
     percent: float = field(
         default=99.99,
         metadata={"help": "for the method percentile: the share of the values that is not clipped"},
+    )
+    histograms: bool = field(
+        default=False,
+        metadata={"help": "keep the histograms in the ranges file, to merge or to choose anew"},
     )
 
     def __post_init__(self) -> None:
@@ -59,37 +62,38 @@ class Calibrate(Pass):
         samples = context.samples
         if samples is None:
             samples = made_up_samples(open_session(model), seed=context.seed)
-        observation = observe(model, tensors, samples, self.method.statistics, progress=context.progress)
-        symmetric = context.target.activation.symmetric
+        checks = DataChecks(samples)
+        observation = observe(
+            model,
+            tensors,
+            checks.samples,
+            self.method.statistics,
+            progress=context.progress,
+            memory_budget=context.memory_budget,
+        )
         context.ranges = Ranges(
-            tensors={name: self._range(seen, symmetric) for name, seen in observation.statistics.items()},
+            tensors={
+                name: range_of(
+                    seen, self.method, percent=self.percent, quant_type=context.target.activation, keep=self.histograms
+                )
+                for name, seen in observation.statistics.items()
+            },
             source=samples.description,
             samples=observation.samples,
             synthetic=samples.synthetic,
+            data_digest=checks.digest,
+            target=context.target.name,
+            method=self.method,
+            percent=self.percent,
         )
+        made_up = f"no data were given: the ranges come from {observation.samples} made-up inputs; use --data"
         return PassResult(
-            parts={"tensors": len(context.ranges.tensors)},
+            parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
             skipped=observation.skipped,
-            notes=_notes(context.ranges),
+            notes=(made_up,) if samples.synthetic else observation.notes,
+            warnings=() if samples.synthetic else checks.warnings(),
         )
 
-    def _range(self, seen: Extremes, symmetric: bool) -> TensorRange:
-        minimum, maximum = choose_range(seen, self.method, percent=self.percent, symmetric=symmetric)
-        return TensorRange(
-            minimum=minimum,
-            maximum=maximum,
-            method=self.method.value,
-            observed_minimum=seen.minimum,
-            observed_maximum=seen.maximum,
-            mean=seen.mean if isinstance(seen, Histogram) else None,
-            zero_fraction=None if seen.zeros is None else seen.zeros / seen.count,
-            count=seen.count,
-        )
-
-
-def _notes(ranges: Ranges) -> tuple[str, ...]:
-    if ranges.synthetic:
-        return (f"no data were given: the ranges come from {ranges.samples} made-up inputs; use --data",)
-    if ranges.samples < FEW_SAMPLES:
-        return (f"the ranges come from {ranges.samples} samples; from {FEW_SAMPLES} on they are steadier",)
-    return ()
+    def _chosen(self, ranges: Ranges) -> Counter[str]:
+        """How many tensors got their range by which method, where that is not the same for all."""
+        return Counter(found.method for found in ranges.tensors.values() if self.method is Method.AUTO)

@@ -64,6 +64,7 @@ def test_the_public_names_are_these():
         "Result",
         "Skip",
         "__version__",
+        "calibrate",
         "check",
         "inspect",
         "optimize",
