@@ -8,7 +8,8 @@ from pathlib import Path
 
 from graphopt.checking import Check, check_models
 from graphopt.data import DataSource, Shard, load_samples, refuse_limit
-from graphopt.errors import PipelineError
+from graphopt.errors import DataError, PipelineError
+from graphopt.feeds import Samples
 from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
@@ -19,6 +20,7 @@ from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, registry
 from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
+from graphopt.preprocess import Preprocess
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.report.records import Report
@@ -41,6 +43,7 @@ def optimize(
     passes: str | Sequence[Pass],
     *,
     data: DataSource | None = None,
+    preprocess: str | Preprocess | None = None,
     samples: int | None = None,
     target: str = "ort-cpu",
     ranges: str | Path | Ranges | None = None,
@@ -55,6 +58,7 @@ def optimize(
         model: a path, a ModelProto or a gs.Graph.
         passes: pipeline text such as "fold,calibrate,qdq", or passes.
         data: what `load_samples` takes; None: activations are calibrated on made-up inputs, and the report says so.
+        preprocess: for a folder of images, how they become arrays: a text, a TOML file's name or a Preprocess.
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
         ranges: a file that `calibrate` writes, or that is read when the pipeline has no `calibrate`; or ranges.
@@ -78,9 +82,7 @@ def optimize(
     elif ranges_file is not None:
         context.ranges = Ranges.load(ranges_file)
     other_model = _other_model(context.ranges, float_model)
-    refuse_limit(samples)
-    if data is not None:
-        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
+    context.samples = _samples(float_model, data, preprocess, samples)
     result = manager.run(float_model, context, failure_folder=failure_folder)
     if ranges_file is not None and calibrates(pipeline) and context.ranges is not None:
         _of_model(context.ranges, float_model).save(ranges_file)
@@ -99,6 +101,7 @@ def calibrate(
     method: Method = DEFAULT_METHOD,
     percent: float = 99.99,
     histograms: bool = False,
+    preprocess: str | Preprocess | None = None,
     samples: int | None = None,
     shard: Shard | None = None,
     target: str = "ort-cpu",
@@ -114,6 +117,7 @@ def calibrate(
         method: how ranges are chosen.
         percent: for the method percentile.
         histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
+        preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples of `data`, before they are divided.
         shard: which part of the samples to use; `merged` makes one of all parts.
         target: a name in `graphopt.targets.TARGETS`.
@@ -132,11 +136,9 @@ def calibrate(
     pipeline.append(Calibrate(method=method, percent=percent, histograms=histograms or shard is not None))
     if shard is not None and (data is None or not method.merges):
         raise PipelineError("a shard needs --data and a method that does not depend on the order of the samples")
-    refuse_limit(samples)
     float_model = load_model(model)
     context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
-    if data is not None:
-        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
+    context.samples = _samples(float_model, data, preprocess, samples)
     if shard is not None and context.samples is not None:
         context.samples = shard.of(context.samples)
     result = PassManager(pipeline, verify=False).run(float_model, context)
@@ -156,6 +158,7 @@ def check(
     other: Source,
     *,
     data: DataSource | None = None,
+    preprocess: str | Preprocess | None = None,
     samples: int | None = None,
     layers: bool = False,
     exact: bool = False,
@@ -167,6 +170,7 @@ def check(
         reference: usually the float model; a path, a ModelProto or a gs.Graph.
         other: a model with the same inputs and outputs.
         data: what `load_samples` takes; None: made-up inputs.
+        preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples.
         layers: compare the tensors that both have by name, too.
         exact: with the arithmetic that Q and DQ stand for, as TensorRT, Arm and x86 with VNNI compute, not with
@@ -176,11 +180,11 @@ def check(
     Raises:
         GraphoptError: a model cannot be read, or they do not fit each other or the data.
     """
-    refuse_limit(samples)
     float_model, judged = load_model(reference), load_model(other)
-    session = open_session(float_model)
-    chosen = made_up_samples(session) if data is None else data
-    fitting = load_samples(chosen, session.inputs, limit=samples)
+    fitting = _samples(float_model, data, preprocess, samples)
+    if fitting is None:
+        fitting = made_up_samples(open_session(float_model))
+        fitting = fitting if samples is None else fitting.first(samples)
     return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
 
 
@@ -208,6 +212,18 @@ def inspect(model: Source) -> Inspection:
         activations_unknown=costs.activations_unknown,
         assumed_shapes=costs.assumed_shapes,
     )
+
+
+def _samples(
+    model: Model, data: DataSource | None, preprocess: str | Preprocess | None, limit: int | None
+) -> Samples | None:
+    refuse_limit(limit)
+    if data is None and preprocess is not None:
+        raise DataError("preprocess says how images become arrays: name their folder with --data")
+    if data is None:
+        return None
+    inputs = open_session(model, optimize=False, copy_weights=False).inputs
+    return load_samples(data, inputs, limit=limit, preprocess=preprocess)
 
 
 def _of_model(ranges: Ranges, model: Model) -> Ranges:

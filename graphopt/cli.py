@@ -89,6 +89,7 @@ def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) 
             model,
             pipeline,
             data=arguments.data,
+            preprocess=arguments.preprocess,
             samples=arguments.samples,
             target=arguments.target,
             ranges=arguments.ranges,
@@ -127,6 +128,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console, errors: Console)
             method=method,
             percent=arguments.percent,
             histograms=arguments.histograms,
+            preprocess=arguments.preprocess,
             samples=arguments.samples,
             shard=shard,
             target=arguments.target,
@@ -179,6 +181,7 @@ def _check(arguments: argparse.Namespace, console: Console, errors: Console) -> 
             arguments.float,
             arguments.other,
             data=arguments.data,
+            preprocess=arguments.preprocess,
             samples=arguments.samples,
             layers=arguments.layers,
             exact=arguments.exact,
@@ -186,6 +189,8 @@ def _check(arguments: argparse.Namespace, console: Console, errors: Console) -> 
         )
     if arguments.data is None:
         errors.print("[yellow]warning:[/yellow] no --data: the models were compared on made-up inputs")
+    for note in result.notes:
+        errors.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
     shortfalls = result.shortfalls(arguments.min_sqnr, arguments.min_agreement)
     if arguments.json:
         print(json.dumps(plain_values(asdict(result) | {"shortfalls": shortfalls}), indent=2))
@@ -374,7 +379,13 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="an .npz, a folder of .npz, a folder of test_data_set_*/input_*.pb, or file.py:function",
+        help="an .npz, a folder of .npz, of images or of test_data_set_*/input_*.pb, or file.py:function",
+    )
+    parser.add_argument(
+        "--preprocess",
+        metavar="TEXT|FILE.toml",
+        help="how images become arrays: resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225:"
+        "layout=nchw|nhwc:order=rgb|bgr|gray:scale=255:interpolation=bilinear; value = (pixel / scale - mean) / std",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="use at most N samples of DATA")
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from graphopt.errors import DataError
 from graphopt.feed_sources import RawFeed, Source, npz_file, npz_folder, onnx_test_data
 from graphopt.feeds import Array, Feed, InputSpec, Samples, fitting_feed
+from graphopt.images import image_folder, images_in
+from graphopt.preprocess import Preprocess
 from graphopt.python_sources import function_in_file, python_object
 
 
@@ -33,7 +35,13 @@ DataSource = (
 )
 
 
-def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+def load_samples(
+    source: DataSource,
+    inputs: Sequence[InputSpec],
+    *,
+    limit: int | None = None,
+    preprocess: str | Preprocess | None = None,
+) -> Samples:
     """Load feeds that fit `inputs`, at most `limit` of them, read as they are asked for.
 
     `source` is one of
@@ -41,6 +49,7 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
         `feed_sources.arrays_along_axis_0`); in Python also a dict of such arrays
       - a folder of .npz, one feed each, in the order of their names
       - a folder of ONNX `test_data_set_*/input_*.pb`
+      - a folder of images, for which `preprocess` says how they become arrays (`graphopt.preprocess`)
       - `file.py:function`: a function that yields feeds; in Python also the function itself
       - in Python any iterable of `dict[str, array]`, or a CalibrationDataReader (rules:
         `python_sources.python_object`).
@@ -54,7 +63,9 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
 
     """
     refuse_limit(limit)
-    found = _source(source, inputs, limit)
+    if isinstance(preprocess, str):
+        preprocess = Preprocess.parse(preprocess)
+    found = _source(source, inputs, limit, preprocess)
     first = next(found.start(), None)
     if first is None:
         raise DataError(f"{found.description}: no samples")
@@ -137,7 +148,13 @@ def refuse_limit(limit: int | None) -> None:
         raise DataError(f"the number of samples must be at least 1, not {limit}")
 
 
-def _source(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) -> Source:
+def _source(
+    source: DataSource, inputs: Sequence[InputSpec], limit: int | None, preprocess: Preprocess | None
+) -> Source:
+    if isinstance(source, (str, Path)) and (folder := Path(source)).is_dir() and _holds_images(folder):
+        return image_folder(folder, inputs, preprocess)
+    if preprocess is not None:
+        raise DataError("preprocess is for a folder of images, and these data are none")
     if isinstance(source, (str, Path)):
         return _source_at(str(source), inputs)
     if isinstance(source, Samples):
@@ -179,17 +196,15 @@ def _source_in_folder(folder: Path, inputs: Sequence[InputSpec]) -> Source:
         return npz_folder(folder, inputs)
     if any(folder.glob("test_data_set_*/input_*.pb")) or any(folder.glob("input_*.pb")):
         return onnx_test_data(folder, inputs)
-    if any(path.suffix.lower() in _IMAGES for path in folder.rglob("*")):
-        example = f"np.savez('calib.npz', **{{'{inputs[0].name}': array}})" if inputs else "np.savez"
-        raise DataError(
-            f"{folder}: a folder of images is not supported yet: preprocess them and write an .npz "
-            f"with samples along axis 0, {example}"
-        )
     raise DataError(f"{folder}: holds no data that graphopt reads: give {_KINDS}")
 
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_KINDS = "an .npz, a folder of .npz, a folder of ONNX test_data_set_*/input_*.pb, or file.py:function"
+def _holds_images(folder: Path) -> bool:
+    """Whether a folder has images and no arrays."""
+    return not any(folder.glob("*.npz")) and bool(images_in(folder))
+
+
+_KINDS = "an .npz, a folder of .npz, of images or of ONNX test_data_set_*/input_*.pb, or file.py:function"
 
 
 def _ignored(first: RawFeed, inputs: Sequence[InputSpec], where: str) -> tuple[str, ...]:
