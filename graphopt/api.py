@@ -23,6 +23,7 @@ from graphopt.pipeline import parse_pipeline
 from graphopt.preprocess import Preprocess
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
+from graphopt.ranges_files import read_ranges, write_ranges
 from graphopt.report.records import Report
 from graphopt.runtime import open_session
 from graphopt.targets import target_named
@@ -61,7 +62,8 @@ def optimize(
         preprocess: for a folder of images, how they become arrays: a text, a TOML file's name or a Preprocess.
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
-        ranges: a file that `calibrate` writes, or that is read when the pipeline has no `calibrate`; or ranges.
+        ranges: a file that `calibrate` writes (a TensorRT cache if its name ends in .cache), or that is read when the
+            pipeline has no `calibrate` (also a TensorRT cache or onnxruntime's calibration JSON); or ranges.
         memory_budget: bytes of activations that calibration may hold at a time.
         verify: check the model after every pass, and compare with the float model after a lossy one.
         progress: is told how far the work is.
@@ -80,12 +82,12 @@ def optimize(
     elif ranges_file is not None and calibrates(pipeline):
         refuse_target(ranges_file, overwrite=True, protect=float_model.files)
     elif ranges_file is not None:
-        context.ranges = Ranges.load(ranges_file)
+        context.ranges = read_ranges(ranges_file)
     other_model = _other_model(context.ranges, float_model)
     context.samples = _samples(float_model, data, preprocess, samples)
     result = manager.run(float_model, context, failure_folder=failure_folder)
     if ranges_file is not None and calibrates(pipeline) and context.ranges is not None:
-        _of_model(context.ranges, float_model).save(ranges_file)
+        write_ranges(_of_model(context.ranges, float_model), ranges_file)
     if verify and _changed_outputs(pipeline, result):
         result.report.check = _final_check(float_model, result, context)
     result.report.warnings[:0] = [*_data_warnings(pipeline, context, result.report.check), *other_model]

@@ -31,6 +31,7 @@ from graphopt.passes import registry
 from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
 from graphopt.ranges import Ranges
+from graphopt.ranges_files import write_ranges
 from graphopt.report.console import print_check, print_inspection, print_passes, print_ranges, print_report
 from graphopt.report.records import plain_values
 from graphopt.report.terminal import progress_bars
@@ -156,7 +157,7 @@ def _merge_ranges(arguments: argparse.Namespace, console: Console, errors: Conso
 
 
 def _write_ranges(ranges: Ranges, output: Path, arguments: argparse.Namespace, console: Console) -> int:
-    ranges.save(output)
+    write_ranges(ranges, output)
     if arguments.json:
         print(ranges.to_text(), end="")
     else:
@@ -296,7 +297,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_arguments(optimizing)
     optimizing.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
     optimizing.add_argument(
-        "--ranges", metavar="FILE", help="written by calibrate; read when the pipeline has no calibrate"
+        "--ranges",
+        metavar="FILE",
+        help="written by calibrate (*.cache: for TensorRT); read when the pipeline has no calibrate: also a TensorRT "
+        "cache or onnxruntime's calibration JSON",
     )
     _add_memory_budget(optimizing)
     optimizing.add_argument("--report", metavar="FILE.json", help="write what happened as JSON")
