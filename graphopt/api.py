@@ -33,8 +33,8 @@ CHECK_SAMPLES = 64
 """Samples that the check at the end of `optimize` uses; `check` uses all that it is given."""
 
 _UNCALIBRATED = (
-    "no --data: activations were calibrated on made-up inputs, so their ranges and the figures below say little about "
-    "real ones"
+    "no data were used for the ranges: they come from statistics stored in BatchNormalization and from made-up inputs, "
+    "so they are guesses; calibrate with --data"
 )
 
 
@@ -58,7 +58,7 @@ def optimize(
     Args:
         model: a path, a ModelProto or a gs.Graph.
         passes: pipeline text such as "fold,calibrate,qdq", or passes.
-        data: what `load_samples` takes; None: activations are calibrated on made-up inputs, and the report says so.
+        data: what `load_samples` takes; None: ranges come without data (`graphopt.data_free`), and the report says so.
         preprocess: for a folder of images, how they become arrays: a text, a TOML file's name or a Preprocess.
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
@@ -153,6 +153,10 @@ def calibrate(
 def calibrates(pipeline: Sequence[Pass]) -> bool:
     """Whether a pipeline finds ranges itself, and so writes a ranges file instead of reading it."""
     return any(isinstance(item, Calibrate) for item in pipeline)
+
+
+def _is_data_free(pipeline: Sequence[Pass]) -> bool:
+    return any(isinstance(item, Calibrate) and item.method is Method.DATA_FREE for item in pipeline)
 
 
 def check(
@@ -256,7 +260,7 @@ def _final_check(float_model: Model, result: Result, context: Context) -> Check:
 
 def _data_warnings(pipeline: Sequence[Pass], context: Context, made: Check | None) -> list[str]:
     """What a user must know of the data that ranges and figures come from."""
-    if context.samples is None and calibrates(pipeline):
+    if calibrates(pipeline) and (context.samples is None or _is_data_free(pipeline)):
         return [_UNCALIBRATED]
     warnings = [] if context.samples is None else list(context.samples.notes)
     if context.ranges is not None and context.ranges.synthetic:

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.feeds import Samples
 from graphopt.frame import Frame
+from graphopt.model_io import Model
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.shapes import infer_shapes
@@ -66,6 +67,7 @@ class Context:
     ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
     memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
+    original: Model | None = None  # the model as it came in, which no pass may change
     progress: Progress = silent
     seed: int = 0
     shapes_inferred: bool = False  # set by a group that infers shapes once for all its members

@@ -81,6 +81,7 @@ class PassManager:
         """
         original = model = load_model(source)
         context = context or Context()
+        context.original = original
         report = self._new_report(model, context)
         feeds, before = self._examine_input(model, context, report)
         for number, item in enumerate(self.passes):

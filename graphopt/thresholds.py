@@ -2,7 +2,7 @@
 
 `minmax` clips nothing, `moving-average` what few samples reach. `entropy` and `percentile` find a threshold T for |x|
 and clip to [-T, T]; `mse` and `auto` find both ends, of all ranges the one with the least expected error. None goes
-beyond the values observed.
+beyond the values observed. `data-free` has a way of its own (`graphopt.data_free`).
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ class Method(Enum):
     ENTROPY = "entropy"
     PERCENTILE = "percentile"
     MSE = "mse"
+    DATA_FREE = "data-free"
 
     @property
     def statistics(self) -> type[Extremes]:
         """What must be observed for it; bins cost most of the time."""
-        return {Method.MINMAX: Extremes, Method.MOVING_AVERAGE: MovingAverage}.get(self, Histogram)
+        few = {Method.MINMAX: Extremes, Method.DATA_FREE: Extremes, Method.MOVING_AVERAGE: MovingAverage}
+        return few.get(self, Histogram)
 
     @property
     def merges(self) -> bool:
         """Whether what was seen of two shards of the data merges into what all of it shows."""
-        return self is not Method.MOVING_AVERAGE
+        return self not in (Method.MOVING_AVERAGE, Method.DATA_FREE)
 
 
 def choose_range(
@@ -65,7 +67,7 @@ def choose_range(
     """
     if not seen.count:
         raise ValueError("there is no range of no values")
-    if method is Method.MINMAX:
+    if method in (Method.MINMAX, Method.DATA_FREE):
         return seen.minimum, seen.maximum, method
     if isinstance(seen, MovingAverage):
         return seen.average_minimum, seen.average_maximum, method

@@ -7,12 +7,14 @@ observed: `graphopt.observe`; how a range follows from it: `graphopt.thresholds`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
 from graphopt.data_checks import DataChecks
+from graphopt.data_free import BOTH, MADE_UP, STORED, ranges_without_data
 from graphopt.errors import PipelineError
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
@@ -29,7 +31,7 @@ DEFAULT_METHOD = Method.AUTO
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Pass):
-    """Find the ranges of activations from samples; without data from synthetic inputs, which mean little."""
+    """Find the ranges of activations from samples; without any from stored statistics and made-up inputs."""
 
     name: ClassVar[str] = "calibrate"
     effect: ClassVar[Effect] = Effect.EXACT
@@ -59,9 +61,9 @@ class Calibrate(Pass):
         model = Model(graph, context.frame)
         infer_shapes(graph)
         tensors = place(graph, context.target).observed
+        if context.samples is None or self.method is Method.DATA_FREE:
+            return self._without_data(model, tensors, context)
         samples = context.samples
-        if samples is None:
-            samples = made_up_samples(open_session(model), seed=context.seed)
         checks = DataChecks(samples)
         observation = observe(
             model,
@@ -86,14 +88,45 @@ class Calibrate(Pass):
             method=self.method,
             percent=self.percent,
         )
-        made_up = f"no data were given: the ranges come from {observation.samples} made-up inputs; use --data"
         return PassResult(
             parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
             skipped=observation.skipped,
-            notes=(made_up,) if samples.synthetic else observation.notes,
+            notes=observation.notes,
             warnings=() if samples.synthetic else checks.warnings(),
+        )
+
+    def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:
+        samples = made_up_samples(open_session(model), seed=context.seed)
+        found, skipped = ranges_without_data(
+            context.original or model,
+            model,
+            tensors,
+            samples,
+            progress=context.progress,
+            memory_budget=context.memory_budget,
+        )
+        context.ranges = Ranges(
+            tensors=found,
+            source=samples.description,
+            samples=samples.count or 0,
+            synthetic=True,
+            target=context.target.name,
+            method=Method.DATA_FREE,
+        )
+        counts = Counter(each.method for each in found.values())
+        return PassResult(
+            parts={"tensors": len(found), **counts},
+            skipped=skipped,
+            notes=(_sources_of(counts),),
         )
 
     def _chosen(self, ranges: Ranges) -> Counter[str]:
         """How many tensors got their range by which method, where that is not the same for all."""
         return Counter(found.method for found in ranges.tensors.values() if self.method is Method.AUTO)
+
+
+def _sources_of(counts: Counter[str]) -> str:
+    return (
+        f"data-free: {counts[STORED]} ranges come from statistics stored in BatchNormalization, {counts[BOTH]} from "
+        f"these and made-up inputs, {counts[MADE_UP]} from made-up inputs alone; use --data"
+    )

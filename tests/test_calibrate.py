@@ -67,10 +67,10 @@ def test_each_method_is_recorded_with_what_was_observed(method):
     context = context_with(many_rows(), target="ort-cpu")
     Calibrate(method=method).apply(graph_of(), context)
     found = context.ranges.tensors["positive"]
-    assert found.method in ([method.value] if method is not Method.AUTO else ["mse", "minmax"])
+    assert found.method in {Method.AUTO: ["mse", "minmax"], Method.DATA_FREE: ["made-up"]}.get(method, [method.value])
     assert found.observed_minimum == 0
     assert 0 <= found.minimum < found.maximum <= found.observed_maximum
-    assert (found.mean is None) == (method in (Method.MINMAX, Method.MOVING_AVERAGE))
+    assert (found.mean is None) == (not method.statistics.needs_values)
     assert (context.ranges.method, context.ranges.target) == (method, "ort-cpu")
 
 
@@ -95,7 +95,7 @@ def test_without_data_made_up_inputs_are_used_and_a_note_says_so():
     result = Calibrate().apply(graph_of(), context)
     assert context.ranges.synthetic
     assert context.ranges.samples == 32
-    assert result.notes == ("no data were given: the ranges come from 32 made-up inputs; use --data",)
+    assert result.notes[0].startswith("data-free: 0 ranges come from statistics stored in BatchNormalization")
 
 
 @pytest.mark.parametrize("least", [20, 1000])
