@@ -167,7 +167,7 @@ class _Runner:
         self._other_types = other_types
         # The threads that run samples at the same time share these; a thread for each core besides would only wait.
         threads = max(1, (os.cpu_count() or 1) - 1)
-        self._session = open_session(model, threads=threads, extra_outputs=self._computed)
+        self._session = open_session(model, threads=threads, extra_outputs=self._computed, plan_memory=False)
 
     def batch_size(self, samples: Samples, nbytes: int) -> int:
         """How many samples to join, when one of them has `nbytes` in the tensors."""

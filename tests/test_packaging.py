@@ -33,7 +33,8 @@ def test_type_checkers_of_users_find_the_types():
 
 def test_every_library_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in project["dependencies"]}
+    needed = [*project["dependencies"], *project["optional-dependencies"]["images"]]
+    declared = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in needed}
     imported = set()
     for path in [*(ROOT / "graphopt").rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -41,7 +42,7 @@ def test_every_library_that_is_imported_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
-    called = {"google": "protobuf"}  # modules that are not called like their package
+    called = {"google": "protobuf", "PIL": "pillow"}  # modules that are not called like their package
     libraries = imported - set(sys.stdlib_module_names) - {"graphopt"}
     assert {called.get(name, name) for name in libraries} == declared
 
