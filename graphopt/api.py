@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graphopt.checking import Check, check_models
 from graphopt.data import DataSource, load_samples, refuse_limit
+from graphopt.errors import DataError
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, refuse_target
@@ -15,6 +16,7 @@ from graphopt.pass_base import Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, registry
 from graphopt.pipeline import parse_pipeline
+from graphopt.preprocess import AnyPreprocess, Preprocess, preprocess_of
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.runtime import open_session
@@ -34,6 +36,7 @@ def optimize(
     passes: str | Sequence[Pass],
     *,
     data: DataSource | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     target: str = "ort-cpu",
     ranges: str | Path | Ranges | None = None,
@@ -47,6 +50,8 @@ def optimize(
         model: a path, a ModelProto or a gs.Graph.
         passes: pipeline text such as "fold,calibrate,qdq", or passes.
         data: what `load_samples` takes; None: activations are calibrated on made-up inputs, and the report says so.
+        preprocess: how a folder of images becomes arrays, as text ("resize=256:crop=224"), a TOML file or a
+            `Preprocess`, which describes the keys.
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
         ranges: a file that `calibrate` writes, or that is read when the pipeline has no `calibrate`; or ranges.
@@ -59,6 +64,7 @@ def optimize(
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
     manager = PassManager(pipeline, verify=verify)
+    wanted = _preprocess(preprocess, data)
     context = Context(target=target_named(target), progress=progress)
     float_model = load_model(model)
     ranges_file = Path(ranges) if isinstance(ranges, str | Path) else None
@@ -70,7 +76,7 @@ def optimize(
         context.ranges = Ranges.load(ranges_file)
     refuse_limit(samples)
     if data is not None:
-        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
+        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples, preprocess=wanted)
     result = manager.run(float_model, context, failure_folder=failure_folder)
     if ranges_file is not None and calibrates(pipeline) and context.ranges is not None:
         context.ranges.save(ranges_file)
@@ -90,6 +96,7 @@ def check(
     other: Source,
     *,
     data: DataSource | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     layers: bool = False,
     exact: bool = False,
@@ -101,6 +108,7 @@ def check(
         reference: usually the float model; a path, a ModelProto or a gs.Graph.
         other: a model with the same inputs and outputs.
         data: what `load_samples` takes; None: made-up inputs.
+        preprocess: how a folder of images becomes arrays, as for `optimize`.
         samples: use at most this many samples.
         layers: compare the tensors that both have by name, too.
         exact: with the arithmetic that Q and DQ stand for, as TensorRT, Arm and x86 with VNNI compute, not with
@@ -111,10 +119,11 @@ def check(
         GraphoptError: a model cannot be read, or they do not fit each other or the data.
     """
     refuse_limit(samples)
+    wanted = _preprocess(preprocess, data)
     float_model, judged = load_model(reference), load_model(other)
     session = open_session(float_model)
     chosen = made_up_samples(session) if data is None else data
-    fitting = load_samples(chosen, session.inputs, limit=samples)
+    fitting = load_samples(chosen, session.inputs, limit=samples, preprocess=wanted)
     return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
 
 
@@ -142,6 +151,15 @@ def inspect(model: Source) -> Inspection:
         activations_unknown=costs.activations_unknown,
         assumed_shapes=costs.assumed_shapes,
     )
+
+
+def _preprocess(request: AnyPreprocess | None, data: DataSource | None) -> Preprocess | None:
+    """The request, read before the long work."""
+    if request is None:
+        return None
+    if data is None:
+        raise DataError("preprocess is for a folder of images, and there are no data: name the folder (--data)")
+    return preprocess_of(request)
 
 
 def _final_check(float_model: Model, result: Result, context: Context) -> Check:

@@ -41,6 +41,7 @@ class Check:
     synthetic: bool
     exact: bool
     layers: Comparison | None = None
+    notes: tuple[str, ...] = ()  # what a user should know of the data
 
     @property
     def speedup(self) -> float | None:
@@ -94,6 +95,7 @@ def check_models(
         synthetic=samples.synthetic,
         exact=exact,
         layers=compare_layers(reference, other, samples, progress) if layers else None,
+        notes=samples.notes,
     )
 
 

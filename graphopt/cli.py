@@ -29,6 +29,7 @@ from graphopt.errors import GraphoptError, OutputError
 from graphopt.model_io import load_model, refuse_target
 from graphopt.passes import registry
 from graphopt.pipeline import parse_pipeline
+from graphopt.preprocess import describe_keys, preprocess_file
 from graphopt.progress import Progress
 from graphopt.report.console import print_check, print_inspection, print_passes, print_report
 from graphopt.report.records import plain_values
@@ -78,13 +79,13 @@ def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) 
     if calibrates(pipeline):
         outputs["--ranges"] = None if arguments.ranges is None else Path(arguments.ranges)
     model = load_model(path)
-    data_files = () if arguments.data is None else (data_file(arguments.data),)
-    _refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *data_files))
+    _refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *_data_files(arguments)))
     with _progress(errors) as progress:
         result = optimize(
             model,
             pipeline,
             data=arguments.data,
+            preprocess=arguments.preprocess,
             samples=arguments.samples,
             target=arguments.target,
             ranges=arguments.ranges,
@@ -113,6 +114,7 @@ def _check(arguments: argparse.Namespace, console: Console, errors: Console) -> 
             arguments.float,
             arguments.other,
             data=arguments.data,
+            preprocess=arguments.preprocess,
             samples=arguments.samples,
             layers=arguments.layers,
             exact=arguments.exact,
@@ -120,6 +122,8 @@ def _check(arguments: argparse.Namespace, console: Console, errors: Console) -> 
         )
     if arguments.data is None:
         errors.print("[yellow]warning:[/yellow] no --data: the models were compared on made-up inputs")
+    for note in result.notes:
+        errors.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
     shortfalls = result.shortfalls(arguments.min_sqnr, arguments.min_agreement)
     if arguments.json:
         print(json.dumps(plain_values(asdict(result) | {"shortfalls": shortfalls}), indent=2))
@@ -158,6 +162,13 @@ def _refuse_outputs(outputs: Mapping[str, Path | None], *, overwrite: bool, inpu
         other = flags.setdefault(os.path.realpath(path), flag)
         if other != flag:
             raise OutputError(f"{other} and {flag} both name {path}: give each a file of its own")
+
+
+def _data_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files and folders that `_add_data_arguments` asks for."""
+    data = None if arguments.data is None else data_file(arguments.data)
+    preprocess = None if arguments.preprocess is None else preprocess_file(arguments.preprocess)
+    return [path for path in (data, preprocess) if path is not None]
 
 
 def _report_path(text: str | None) -> Path | None:
@@ -278,7 +289,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="an .npz, a folder of .npz, a folder of test_data_set_*/input_*.pb, or file.py:function",
+        help="an .npz, a folder of .npz, of test_data_set_*/input_*.pb or of images, or file.py:function",
+    )
+    parser.add_argument(
+        "--preprocess",
+        metavar="KEYS",
+        help="how images in DATA become arrays, (pixel / scale - mean) / std, such as "
+        "resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225, or a file.toml with these keys. "
+        f"{describe_keys()}. EXIF orientation is applied, transparency laid over white, 16 bits become 8",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="use at most N samples of DATA")
 
