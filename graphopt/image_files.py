@@ -45,27 +45,31 @@ def read_pixels(path: Path, preprocess: Preprocess, order: Order) -> NDArray[np.
     Raises:
         DataError: the file is damaged, or smaller than the crop.
     """
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata and of many pixels: both are read all the same
-            image = _resized(_decoded(path, "L" if order is Order.GRAY else "RGB"), preprocess)
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # odd metadata, many pixels
+            image = _resized(_upright(opened, "L" if order is Order.GRAY else "RGB"), preprocess)
+            pixels = np.atleast_3d(np.asarray(_cropped(image, preprocess, path)))
+    except DataError:
+        raise
     except Exception as error:  # Pillow's readers raise what comes: OSError, SyntaxError, struct.error, KeyError ...
-        unknown = type(error).__name__ == "UnidentifiedImageError"  # its text is the path once more
+        unknown = isinstance(error, UnidentifiedImageError)  # its text is the path once more
         why = "it is damaged or another kind of file" if unknown else str(error) or type(error).__name__
         raise DataError(f"{path}: cannot be read as an image: {why}") from error
-    pixels = np.atleast_3d(np.asarray(_cropped(image, preprocess, path)))
     return pixels[..., ::-1] if order is Order.BGR else pixels
 
 
-def _decoded(path: Path, mode: str) -> Image.Image:
+def _upright(opened: Image.Image, mode: str) -> Image.Image:
+    """The first frame in `mode`, copied no more often than it must be: photos of 12 megapixels are 36 MB."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as opened:
-        image = _eight_bit(ImageOps.exif_transpose(opened))
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert(mode)
+    ImageOps.exif_transpose(opened, in_place=True)
+    image = _eight_bit(opened)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

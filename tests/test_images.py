@@ -115,11 +115,12 @@ class TestPixels:
 
 class TestFiles:
     @pytest.mark.parametrize("turned", range(1, 9))
-    def test_turns_images_upright(self, tmp_path, turned):
+    @pytest.mark.parametrize("name", ["1.png", "1.tif"])
+    def test_turns_images_upright(self, tmp_path, name, turned):
         exif = Image.Exif()
         exif[ORIENTATION] = turned
         pixels = noise(6, 5)
-        Image.fromarray(pixels).save(tmp_path / "1.png", exif=exif)
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
         mirrored = pixels[:, ::-1]
         ways = [pixels, mirrored, pixels[::-1, ::-1], pixels[::-1]]
         ways += [each.swapaxes(0, 1) for each in (pixels, pixels[::-1], pixels[::-1, ::-1], mirrored)]
