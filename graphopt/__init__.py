@@ -8,6 +8,7 @@ from graphopt.api import calibrate, check, inspect, optimize
 from graphopt.errors import GraphoptError
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.pass_manager import PassManager, Result
+from graphopt.preprocess import Preprocess
 from graphopt.version import VERSION
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
+    "Preprocess",
     "Result",
     "Skip",
     "__version__",

@@ -20,7 +20,7 @@ from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, registry
 from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
-from graphopt.preprocess import Preprocess
+from graphopt.preprocess import AnyPreprocess
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import read_ranges, write_ranges
@@ -44,7 +44,7 @@ def optimize(
     passes: str | Sequence[Pass],
     *,
     data: DataSource | None = None,
-    preprocess: str | Preprocess | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     target: str = "ort-cpu",
     ranges: str | Path | Ranges | None = None,
@@ -59,7 +59,8 @@ def optimize(
         model: a path, a ModelProto or a gs.Graph.
         passes: pipeline text such as "fold,calibrate,qdq", or passes.
         data: what `load_samples` takes; None: ranges come without data (`graphopt.data_free`), and the report says so.
-        preprocess: for a folder of images, how they become arrays: a text, a TOML file's name or a Preprocess.
+        preprocess: how a folder of images becomes arrays, as text ("resize=256:crop=224"), a TOML file or a
+            `Preprocess`, which describes the keys.
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
         ranges: a file that `calibrate` writes (a TensorRT cache if its name ends in .cache), or that is read when the
@@ -103,7 +104,7 @@ def calibrate(
     method: Method = DEFAULT_METHOD,
     percent: float = 99.99,
     histograms: bool = False,
-    preprocess: str | Preprocess | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     shard: Shard | None = None,
     target: str = "ort-cpu",
@@ -164,7 +165,7 @@ def check(
     other: Source,
     *,
     data: DataSource | None = None,
-    preprocess: str | Preprocess | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     layers: bool = False,
     exact: bool = False,
@@ -221,11 +222,11 @@ def inspect(model: Source) -> Inspection:
 
 
 def _samples(
-    model: Model, data: DataSource | None, preprocess: str | Preprocess | None, limit: int | None
+    model: Model, data: DataSource | None, preprocess: AnyPreprocess | None, limit: int | None
 ) -> Samples | None:
     refuse_limit(limit)
     if data is None and preprocess is not None:
-        raise DataError("preprocess says how images become arrays: name their folder with --data")
+        raise DataError("preprocess is for a folder of images, and there are no data: name the folder (--data)")
     if data is None:
         return None
     inputs = open_session(model, optimize=False, copy_weights=False).inputs

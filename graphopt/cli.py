@@ -30,6 +30,7 @@ from graphopt.pass_base import MEMORY_BUDGET
 from graphopt.passes import registry
 from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
+from graphopt.preprocess import describe_keys, preprocess_file
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import write_ranges
 from graphopt.report.console import print_check, print_inspection, print_passes, print_ranges, print_report
@@ -83,8 +84,7 @@ def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) 
     if calibrates(pipeline):
         outputs["--ranges"] = None if arguments.ranges is None else Path(arguments.ranges)
     model = load_model(path)
-    data_files = () if arguments.data is None else (data_file(arguments.data),)
-    _refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *data_files))
+    _refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *_data_files(arguments)))
     with progress_bars(errors) as progress:
         result = optimize(
             model,
@@ -118,9 +118,8 @@ def _calibrate(arguments: argparse.Namespace, console: Console, errors: Console)
     output = Path(arguments.output)
     method = _method(arguments.method)
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
-    data_files = () if arguments.data is None else (data_file(arguments.data),)
     model = load_model(arguments.model)
-    _refuse_outputs({"-o": output}, overwrite=arguments.overwrite, inputs=(*model.files, *data_files))
+    _refuse_outputs({"-o": output}, overwrite=arguments.overwrite, inputs=(*model.files, *_data_files(arguments)))
     with progress_bars(errors) as progress:
         ranges, report = calibrate(
             model,
@@ -379,17 +378,25 @@ def _add_memory_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _data_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files and folders that `_add_data_arguments` asks for."""
+    data = None if arguments.data is None else data_file(arguments.data)
+    preprocess = None if arguments.preprocess is None else preprocess_file(arguments.preprocess)
+    return [path for path in (data, preprocess) if path is not None]
+
+
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="an .npz, a folder of .npz, of images or of test_data_set_*/input_*.pb, or file.py:function",
+        help="an .npz, a folder of .npz, of test_data_set_*/input_*.pb or of images, or file.py:function",
     )
     parser.add_argument(
         "--preprocess",
-        metavar="TEXT|FILE.toml",
-        help="how images become arrays: resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225:"
-        "layout=nchw|nhwc:order=rgb|bgr|gray:scale=255:interpolation=bilinear; value = (pixel / scale - mean) / std",
+        metavar="KEYS",
+        help="how images in DATA become arrays, (pixel / scale - mean) / std, such as "
+        "resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225, or a file.toml with these keys. "
+        f"{describe_keys()}. EXIF orientation is applied, transparency laid over white, 16 bits become 8",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="use at most N samples of DATA")
 

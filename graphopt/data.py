@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from graphopt.errors import DataError
 from graphopt.feed_sources import RawFeed, Source, npz_file, npz_folder, onnx_test_data
 from graphopt.feeds import Array, Feed, InputSpec, Samples, fitting_feed
-from graphopt.images import image_folder, images_in
-from graphopt.preprocess import Preprocess
+from graphopt.image_files import image_paths
+from graphopt.images import image_folder
+from graphopt.preprocess import AnyPreprocess, Preprocess, preprocess_of
 from graphopt.python_sources import function_in_file, python_object
 
 
@@ -40,7 +41,7 @@ def load_samples(
     inputs: Sequence[InputSpec],
     *,
     limit: int | None = None,
-    preprocess: str | Preprocess | None = None,
+    preprocess: AnyPreprocess | None = None,
 ) -> Samples:
     """Load feeds that fit `inputs`, at most `limit` of them, read as they are asked for.
 
@@ -49,7 +50,8 @@ def load_samples(
         `feed_sources.arrays_along_axis_0`); in Python also a dict of such arrays
       - a folder of .npz, one feed each, in the order of their names
       - a folder of ONNX `test_data_set_*/input_*.pb`
-      - a folder of images, for which `preprocess` says how they become arrays (`graphopt.preprocess`)
+      - a folder of images and of folders of them (bmp, gif, jpeg, png, ppm, tiff, webp; sorted), which `preprocess`
+        turns into arrays: see `preprocess.Preprocess`
       - `file.py:function`: a function that yields feeds; in Python also the function itself
       - in Python any iterable of `dict[str, array]`, or a CalibrationDataReader (rules:
         `python_sources.python_object`).
@@ -58,14 +60,12 @@ def load_samples(
     checked at once, each later one when its turn comes.
 
     Raises:
-        DataError: nothing is there, there are no samples, or they do not fit the model. Iterating raises it
-        too.
+        DataError: nothing is there, there are no samples, or they do not fit the model; `preprocess` is wrong, or
+        the data are no images. Iterating raises it too.
 
     """
     refuse_limit(limit)
-    if isinstance(preprocess, str):
-        preprocess = Preprocess.parse(preprocess)
-    found = _source(source, inputs, limit, preprocess)
+    found = _source(source, inputs, limit, None if preprocess is None else preprocess_of(preprocess))
     first = next(found.start(), None)
     if first is None:
         raise DataError(f"{found.description}: no samples")
@@ -151,10 +151,15 @@ def refuse_limit(limit: int | None) -> None:
 def _source(
     source: DataSource, inputs: Sequence[InputSpec], limit: int | None, preprocess: Preprocess | None
 ) -> Source:
-    if isinstance(source, (str, Path)) and (folder := Path(source)).is_dir() and _holds_images(folder):
-        return image_folder(folder, inputs, preprocess)
+    if isinstance(source, (str, Path)) and (paths := _images(str(source))):
+        return image_folder(Path(source), paths, inputs, preprocess)
+    found = _arrays(source, inputs, limit)
     if preprocess is not None:
-        raise DataError("preprocess is for a folder of images, and these data are none")
+        raise DataError(f"{found.description}: read as arrays, and preprocess is for a folder of images: leave it out")
+    return found
+
+
+def _arrays(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) -> Source:
     if isinstance(source, (str, Path)):
         return _source_at(str(source), inputs)
     if isinstance(source, Samples):
@@ -191,20 +196,28 @@ def data_file(text: str) -> Path:
     return Path(python[1] if python else text)
 
 
+def _images(text: str) -> list[Path]:
+    """The images of a folder that holds no arrays."""
+    folder = Path(text)
+    return [] if not text or not folder.is_dir() or _kind_of_arrays(folder) else image_paths(folder)
+
+
 def _source_in_folder(folder: Path, inputs: Sequence[InputSpec]) -> Source:
-    if any(folder.glob("*.npz")):
-        return npz_folder(folder, inputs)
-    if any(folder.glob("test_data_set_*/input_*.pb")) or any(folder.glob("input_*.pb")):
-        return onnx_test_data(folder, inputs)
+    kind = _kind_of_arrays(folder)
+    if kind is not None:
+        return kind(folder, inputs)
     raise DataError(f"{folder}: holds no data that graphopt reads: give {_KINDS}")
 
 
-def _holds_images(folder: Path) -> bool:
-    """Whether a folder has images and no arrays."""
-    return not any(folder.glob("*.npz")) and bool(images_in(folder))
+def _kind_of_arrays(folder: Path) -> Callable[[Path, Sequence[InputSpec]], Source] | None:
+    if any(folder.glob("*.npz")):
+        return npz_folder
+    if any(folder.glob("test_data_set_*/input_*.pb")) or any(folder.glob("input_*.pb")):
+        return onnx_test_data
+    return None
 
 
-_KINDS = "an .npz, a folder of .npz, of images or of ONNX test_data_set_*/input_*.pb, or file.py:function"
+_KINDS = "an .npz, a folder of .npz, of ONNX test_data_set_*/input_*.pb or of images, or file.py:function"
 
 
 def _ignored(first: RawFeed, inputs: Sequence[InputSpec], where: str) -> tuple[str, ...]:

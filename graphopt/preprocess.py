@@ -1,231 +1,259 @@
-"""From the pixels of an image to what a model's input takes: `--preprocess`.
+"""How an image becomes an array: the request, as a value, as text and as TOML.
 
-    resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225:layout=nchw:order=rgb:scale=255
-
-In this order: the image is turned as its EXIF data say and converted to RGB or gray (an alpha channel is laid over
-white); resized; cut to its middle; value = (pixel / scale - mean) / std in float32, for each channel; laid out. The
-same as a TOML file: `resize = 256`, `crop = [224, 224]`, `mean = [0.485, 0.456, 0.406]` ...
+`resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225`: keys are separated by colons, the numbers of one key
+by `+`. The text is what the command line takes and what reports print: `parse_preprocess(str(value))` gives the same
+value again. A TOML file has the same keys; there, numbers may be written as numbers and lists of them.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from graphopt.errors import DataError
-from graphopt.feeds import Array, InputSpec, fixed_size
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+Size = int | tuple[int, int]
+"""Pixels: one number, or height and width."""
 
-Order = Literal["rgb", "bgr", "gray"]
-Layout = Literal["nchw", "nhwc"]
-Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box"]
 
-_CHANNELS = (1, 3, 4)  # a size that means channels where the layout is not stated
+class Interpolation(Enum):
+    """How an image is resized; all but `nearest` look at every pixel when they make it smaller, as Pillow does."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    NEAREST = "nearest"
+    LANCZOS = "lanczos"
+    BOX = "box"
+
+
+class Layout(Enum):
+    """Where the channels are: before height and width, or after them."""
+
+    NCHW = "nchw"
+    NHWC = "nhwc"
+
+
+class Order(Enum):
+    """The channels of a pixel."""
+
+    RGB = "rgb"
+    BGR = "bgr"
+    GRAY = "gray"
+
+    @property
+    def channels(self) -> int:
+        """How many there are."""
+        return 1 if self is Order.GRAY else 3
+
+
+def _read_size(text: str) -> Size:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise ValueError
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+
+
+def _read_numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split("+"))
+
+
+def _key(read: Callable[[str], Any], takes: str, purpose: str, separator: str = "") -> Mapping[str, Any]:
+    """What a field's text form needs: `read` raises ValueError for text that is not what the key `takes`."""
+    return {"read": read, "takes": takes, "help": purpose, "separator": separator}
+
+
+def _size(purpose: str) -> Mapping[str, Any]:
+    return _key(_read_size, "N or HxW", purpose, "x")
+
+
+def _numbers(purpose: str) -> Mapping[str, Any]:
+    return _key(_read_numbers, "one number, or three joined with +", purpose, "+")
+
+
+def _choice(kind: type[Enum], purpose: str) -> Mapping[str, Any]:
+    return _key(kind, "|".join(each.value for each in kind), purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How images become arrays; what is None follows from the model's input.
+    """How the images of a folder become the arrays that a model takes.
+
+    An image is decoded to 8 bits a channel, resized, cropped, and computed with in float32:
+    value = (pixel / scale - mean) / std.
+
+    Decoding: the first frame, turned upright by its EXIF orientation; palettes and gray images become RGB, or all
+    become gray (ITU-R 601 luma) with `order=gray`; what is transparent is laid over white, as a viewer shows it; 16
+    bits become 8, rounded.
 
     Attributes:
-        resize: one size: the shorter side, the longer in proportion (rounded down); two: height and width. None: the
-            input's height and width where it fixes them, unless `crop` is given; else as the image is.
-        crop: height and width of the middle to keep, one number for both.
-        interpolation: for `resize`, Pillow's.
-        scale: by which pixels, 0 to 255, are divided first.
-        mean: subtracted then, one number for each channel or one for all.
-        std: by which that is divided, the same.
-        order: of the channels; None: gray where the input has one channel, else rgb.
-        layout: None: where the input has 1, 3 or 4 channels at axis 1 or at the end, and not in both places.
+        resize: N: the shorter side becomes N pixels and the longer one int(N * longer / shorter), as torchvision does;
+            HxW: exactly height H and width W. None: where the model fixes height and width and there is no `crop`,
+            that size; otherwise images stay as they are.
+        crop: the middle N x N or H x W of the resized image; an image that is smaller is an error.
+        interpolation: how to resize.
+        mean: subtracted after the division by `scale`: one number, or one for each channel in the order in which the
+            model gets them (with `order=bgr` blue first).
+        std: the divisor after that, likewise.
+        scale: the divisor of pixels 0..255; 255 gives 0..1, 1 keeps 0..255.
+        layout: None: guessed from the input's shape, where a fixed 1, 3 or 4 is its first size after the batch, or its
+            last one; an error where that is so for both or neither.
+        order: None: rgb, or gray where the model's input has 1 channel.
+
+    A field may be given in any form: `Preprocess(resize="256", mean=[0.5, 0.5, 0.5], order="bgr")`.
+
+    The dtype is that of the model's input. An integer input needs a scale, mean and std that give integers of its range
+    for every pixel: scale=1 for uint8, scale=1:mean=128 for int8.
 
     Raises:
-        DataError: a value that cannot be.
+        DataError: a field has a value that it does not take.
     """
 
-    resize: tuple[int, ...] | None = field(default=None, metadata={"kind": "size"})
-    crop: tuple[int, ...] | None = field(default=None, metadata={"kind": "size"})
-    interpolation: Interpolation = field(default="bilinear", metadata={"kind": Interpolation})
-    scale: float = field(default=255.0, metadata={"kind": "number"})
-    mean: tuple[float, ...] = field(default=(0.0,), metadata={"kind": "numbers"})
-    std: tuple[float, ...] = field(default=(1.0,), metadata={"kind": "numbers"})
-    order: Order | None = field(default=None, metadata={"kind": Order})
-    layout: Layout | None = field(default=None, metadata={"kind": Layout})
+    resize: Size | None = field(
+        default=None, metadata=_size("the shorter side, or height and width; default: the model's size")
+    )
+    crop: Size | None = field(default=None, metadata=_size("the middle of the resized image; default: all of it"))
+    interpolation: Interpolation = field(
+        default=Interpolation.BILINEAR, metadata=_choice(Interpolation, "how to resize; default: bilinear")
+    )
+    mean: tuple[float, ...] = field(
+        default=(0.0,), metadata=_numbers("subtracted after the division by scale; default: 0")
+    )
+    std: tuple[float, ...] = field(default=(1.0,), metadata=_numbers("the divisor after that; default: 1"))
+    scale: float = field(default=255.0, metadata=_key(float, "a number", "the divisor of pixels 0..255; default: 255"))
+    layout: Layout | None = field(default=None, metadata=_choice(Layout, "default: what the input's shape says"))
+    order: Order | None = field(
+        default=None, metadata=_choice(Order, "the channels; default: rgb, or gray if the model takes one")
+    )
 
     def __post_init__(self) -> None:
-        for name in ("resize", "crop"):
-            size = getattr(self, name)
-            if size is not None and (len(size) not in (1, 2) or min(size) < 1):
-                raise DataError(f"preprocess: {name} takes a number of pixels or HEIGHTxWIDTH, not {size}")
-        if not self.scale or 0 in self.std:
-            raise DataError("preprocess: scale and std divide pixels, so they cannot be 0")
-        if not all(np.isfinite([self.scale, *self.mean, *self.std])):
-            raise DataError("preprocess: scale, mean and std must be finite numbers")
-
-    @classmethod
-    def parse(cls, text: str) -> Preprocess:
-        """Read the text form, or the TOML file that `text` names.
-
-        Raises:
-            DataError: a key or a value that is not known, or a file that cannot be read.
-        """
-        if text.endswith(".toml"):
-            return cls._from_items(_toml(Path(text)))
-        items: dict[str, Any] = {}
-        for part in filter(None, text.split(":")):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise DataError(f"preprocess: '{part}' needs a value: {key}=VALUE")
-            if key in items:
-                raise DataError(f"preprocess: {key} is given twice")
-            items[key] = value
-        return cls._from_items(items)
-
-    @classmethod
-    def _from_items(cls, items: Mapping[str, Any]) -> Preprocess:
-        kinds = {each.name: each.metadata["kind"] for each in fields(cls)}
-        for key in items:
-            if key not in kinds:
-                close = get_close_matches(key, list(kinds), n=1)
-                hint = f" (did you mean {close[0]}?)" if close else ""
-                raise DataError(f"preprocess: there is no '{key}'{hint}; there are {', '.join(kinds)}")
-        return cls(**{key: _value(key, value, kinds[key]) for key, value in items.items()})
+        """Bring every field into its own type by way of its text, so that one place says what it takes."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not None:
+                object.__setattr__(self, each.name, _read(each, _text(each, value)))
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and min(height_and_width(size)) < 1:
+                raise DataError(f"preprocess: '{name}' must be at least 1 pixel: {self}")
+        if not 0 < self.scale < math.inf:
+            raise DataError(f"preprocess: 'scale' must be a positive number: {self}")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+                raise DataError(f"preprocess: '{name}' takes one finite number, or one for each of 3 channels: {self}")
+        if 0 in self.std:
+            raise DataError(f"preprocess: 'std' is a divisor and must not be 0: {self}")
 
     def __str__(self) -> str:
-        """The text form, with what differs from the defaults."""
-        return ":".join(
-            f"{each.name}={_text(getattr(self, each.name), each.metadata['kind'])}"
-            for each in fields(self)
-            if getattr(self, each.name) != each.default
-        )
+        """The text form: `scale`, and what differs from its default."""
+        shown = [each for each in fields(self) if each.name == "scale" or getattr(self, each.name) != each.default]
+        return ":".join(f"{each.name}={_text(each, getattr(self, each.name))}" for each in shown)
 
-    def array(self, image: Image, spec: InputSpec) -> Array:
-        """The array of one image, without a batch axis where the input has four.
-
-        Raises:
-            DataError: it does not fit the input, or its layout does not show.
-        """
-        layout = self.layout or _layout(spec)
-        sizes = [fixed_size(size) for size in spec.shape[-3:]]
-        channels, height, width = sizes if layout == "nchw" else (sizes[2], sizes[0], sizes[1])
-        order = self.order or ("gray" if channels == 1 else "rgb")
-        pixels = self._pixels(image, "L" if order == "gray" else "RGB", (height, width))
-        if order == "bgr":
-            pixels = pixels[..., ::-1]
-        values = self._normalized(pixels, spec)
-        return np.ascontiguousarray(values.transpose(2, 0, 1) if layout == "nchw" else values)
-
-    def _pixels(self, image: Image, mode: str, fixed: tuple[int | None, int | None]) -> Array:
-        """uint8 [height, width, channels]."""
-        import PIL.Image
-        import PIL.ImageOps
-
-        image = _in_mode(PIL.ImageOps.exif_transpose(image), mode)
-        width, height = image.size
-        target = None
-        if self.resize is not None and len(self.resize) == 2:
-            target = self.resize
-        elif self.resize is not None:
-            (short,) = self.resize
-            target = (short, width * short // height) if height <= width else (height * short // width, short)
-        elif self.crop is None and None not in fixed:
-            target = (fixed[0] or height, fixed[1] or width)
-        if target is not None and target != (height, width):
-            resampling = PIL.Image.Resampling[self.interpolation.upper()]
-            image = image.resize((max(1, target[1]), max(1, target[0])), resampling)
-        if self.crop is not None:
-            image = _middle(image, self.crop[0], self.crop[-1])
-        array = np.asarray(image)
-        return array[:, :, None] if array.ndim == 2 else array
-
-    def _normalized(self, pixels: Array, spec: InputSpec) -> Array:
-        channels = pixels.shape[-1]
-        for name, numbers in (("mean", self.mean), ("std", self.std)):
-            if len(numbers) not in (1, channels):
-                raise DataError(f"preprocess: {name} has {len(numbers)} numbers, but the image has {channels} channels")
-        if spec.dtype.kind in "iu":
-            if (self.scale, self.mean, self.std) != (1, (0.0,), (1.0,)):
-                raise DataError(
-                    f"the model's input '{spec.name}' takes {spec}: give whole pixels, with --preprocess scale=1"
-                )
-            if spec.dtype == np.int8:
-                raise DataError(f"the model's input '{spec.name}' takes int8, which pixels from 0 to 255 do not fit")
-            return pixels.astype(spec.dtype)
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        values = (pixels.astype(np.float32) / np.float32(self.scale) - mean) / std
-        return np.asarray(values.astype(spec.dtype))
+    def values(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Compute (pixel / scale - mean) / std in float32; the last axis of `pixels` is the channels."""
+        mean, std = (np.asarray(numbers, np.float32) for numbers in (self.mean, self.std))
+        values = pixels.astype(np.float32)
+        values /= np.float32(self.scale)
+        values -= mean
+        values /= std
+        return values
 
 
-def _in_mode(image: Image, mode: str) -> Image:
-    import PIL.Image
-
-    if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert(mode)
+AnyPreprocess = Preprocess | str | Path
+"""What a caller gives: the value, its text, or the path of a TOML file; a text that ends in .toml is such a path."""
 
 
-def _middle(image: Image, height: int, width: int) -> Image:
-    if image.width < width or image.height < height:
-        raise DataError(
-            f"an image of {image.width} x {image.height} pixels is smaller than the crop of {width} x {height}: "
-            "resize it first (resize=N)"
-        )
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def preprocess_of(request: AnyPreprocess) -> Preprocess:
+    """The value that a caller means.
+
+    Raises:
+        DataError: a wrong key or value, or a file that cannot be read; the message lists the right ones.
+    """
+    if isinstance(request, Preprocess):
+        return request
+    file = preprocess_file(request)
+    return parse_preprocess(str(request)) if file is None else _read_toml(file)
 
 
-def _layout(spec: InputSpec) -> Layout:
-    first, last = fixed_size(spec.shape[-3]) in _CHANNELS, fixed_size(spec.shape[-1]) in _CHANNELS
-    if first == last:
-        raise DataError(f"whether input '{spec.name}' {spec} has channels first or last does not show: add layout=nchw")
-    return "nchw" if first else "nhwc"
+def preprocess_file(request: str | Path) -> Path | None:
+    """The TOML file that a request names; None where it is text."""
+    return Path(request) if isinstance(request, Path) or request.lower().endswith(".toml") else None
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def parse_preprocess(text: str) -> Preprocess:
+    """Read the text form.
+
+    Raises:
+        DataError: an unknown or repeated key, or a value that the key does not take; the message lists the right ones.
+    """
+    if not text:
+        raise DataError(f"preprocess is empty; its keys are: {', '.join(_KEYS)}")
+    values: dict[str, Any] = {}
+    for item in text.split(":"):
+        key, equals, value = item.partition("=")
+        known = _known(key)
+        if not equals:
+            raise DataError(f"preprocess: '{key}' takes {known.metadata['takes']}: write {key}=VALUE")
+        if key in values:
+            raise DataError(f"preprocess: '{key}' is given twice")
+        values[key] = value
+    return Preprocess(**values)
+
+
+def describe_keys() -> str:
+    """All keys with what they take, for help."""
+    return ", ".join(f"{name}={each.metadata['takes']} ({each.metadata['help']})" for name, each in _KEYS.items())
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Both sides, where one number stands for both."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _read_toml(path: Path) -> Preprocess:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no TOML file: {error}") from error
-
-
-def _value(key: str, value: Any, kind: Any) -> Any:
-    """The value of one key, from text or from TOML."""
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise DataError(f"{path}: cannot be read as TOML: {error}") from error
     try:
-        if kind == "size":
-            parts = value.split("x") if isinstance(value, str) else value if isinstance(value, list) else [value]
-            return tuple(map(_whole, parts))
-        if kind == "numbers":
-            parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list) else [value]
-            return tuple(map(float, parts))
-        if kind == "number":
-            return float(value)
-    except (TypeError, ValueError):
-        example = {"size": "224 or 224x320", "numbers": "0.5 or 0.485+0.456+0.406", "number": "255"}[kind]
-        raise DataError(f"preprocess: {key} cannot be '{value}': give it as {example}") from None
-    if value not in get_args(kind):
-        raise DataError(f"preprocess: {key} cannot be '{value}': it is one of {', '.join(get_args(kind))}")
-    return value
+        return Preprocess(**{_known(key).name: value for key, value in table.items()})
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError
-    return int(value)
+def _known(key: str) -> Field[Any]:
+    if key not in _KEYS:
+        close = get_close_matches(key, _KEYS, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise DataError(f"preprocess has no key '{key}'{hint}; its keys are: {', '.join(_KEYS)}")
+    return _KEYS[key]
 
 
-def _text(value: Any, kind: Any) -> str:
-    if isinstance(value, tuple):
-        return ("x" if kind == "size" else "+").join(f"{each:g}" if kind == "numbers" else str(each) for each in value)
-    return f"{value:g}" if kind == "number" else str(value)
+def _read(key: Field[Any], text: str) -> Any:
+    try:
+        return key.metadata["read"](text)
+    except ValueError:
+        raise DataError(f"preprocess: '{key.name}' takes {key.metadata['takes']}, not '{text}'") from None
+
+
+def _text(key: Field[Any], value: object) -> str:
+    if isinstance(value, list | tuple):
+        return str(key.metadata["separator"]).join(_text(key, each) for each in value)
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, float):
+        return str(value).removesuffix(".0").replace("e+", "e")  # a plus separates numbers
+    return str(value)
+
+
+_KEYS = {each.name: each for each in fields(Preprocess)}
