@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.data_checks import DataChecks
 from graphopt.data_free import BOTH, MADE_UP, STORED, ranges_without_data
 from graphopt.errors import PipelineError
+from graphopt.input_checks import input_warnings
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.observe import observe
@@ -63,7 +64,7 @@ class Calibrate(Pass):
         tensors = place(graph, context.target).observed
         if context.samples is None or self.method is Method.DATA_FREE:
             return self._without_data(model, tensors, context)
-        samples = context.samples
+        samples, original = context.samples, context.original or model
         checks = DataChecks(samples)
         observation = observe(
             model,
@@ -92,7 +93,9 @@ class Calibrate(Pass):
             parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
             skipped=observation.skipped,
             notes=observation.notes,
-            warnings=() if samples.synthetic else checks.warnings(),
+            warnings=()
+            if samples.synthetic
+            else (*input_warnings(context.original or model, samples), *checks.warnings()),
         )
 
     def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:
