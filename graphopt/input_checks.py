@@ -29,7 +29,8 @@ from graphopt.operators import MOVING
 from graphopt.runtime import Session, open_session
 
 _SAMPLES = 6
-_FAR = 4.0  # a divergence that says so by itself
+_FITS = 2.0  # the divergence of inputs that may be right
+_FAR = 4.0  # one that by itself says that they are not
 _SUSPICIOUS, _BETTER = 0.4, 5.0  # one that another reading of the inputs makes so many times smaller
 _SWAPPED, _LESS = 2.0, 0.05  # for the order of the channels, which changes less: times and difference
 _CARRIES = MOVING | {"Cast", "Pad"}
@@ -109,7 +110,7 @@ def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: _Stat
     as_is = divergence(lambda array: array)
     readings = {what: divergence(change) for what, change in _readings(inputs[0][name])} if as_is > _SUSPICIOUS else {}
     best = min(readings, key=readings.__getitem__, default=None)
-    if best is not None and readings[best] * _BETTER < as_is:
+    if best is not None and readings[best] < min(_FITS, as_is / _BETTER):
         return (
             f"input {name} does not look like what the model was trained on, by what its first BatchNormalization "
             f"remembers; it would, {best}: check the preprocessing"

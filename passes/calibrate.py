@@ -93,9 +93,7 @@ class Calibrate(Pass):
             parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
             skipped=observation.skipped,
             notes=observation.notes,
-            warnings=()
-            if samples.synthetic
-            else (*input_warnings(context.original or model, samples), *checks.warnings()),
+            warnings=() if samples.synthetic else (*input_warnings(original, samples), *checks.warnings()),
         )
 
     def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:

@@ -41,7 +41,7 @@ def test_a_mistake_in_the_preprocessing_is_named(net, change, repair):
 
 
 def test_inputs_that_no_simple_mistake_explains_are_only_called_strange():
-    strange = samples_of("fashion_mnist", lambda array: 4 * array - 9)
+    strange = samples_of("fashion_mnist", lambda array: 6 * array - 1)
     (warning,) = input_warnings(load_model(MODELS / "fmnist_resnet.onnx"), strange)
     assert "check scale, mean and order of the channels" in warning
 
