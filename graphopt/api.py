@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from graphopt.checking import Check, check_models
+from graphopt.cluster import ranges_of_shards
 from graphopt.data import DataSource, Shard, load_samples, refuse_limit
 from graphopt.errors import DataError, PipelineError
 from graphopt.feeds import Samples
@@ -14,6 +17,7 @@ from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.made_up import made_up_samples
+from graphopt.merging import merged
 from graphopt.model_io import Model, Source, load_model, refuse_target
 from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
@@ -149,6 +153,30 @@ def calibrate(
     assert context.ranges is not None, "calibrate leaves ranges or raises"
     found = _of_model(context.ranges, float_model)
     return replace(found, shard="" if shard is None else str(shard)), result.report
+
+
+def calibrate_on_cluster(
+    scheduler: str, model: str, data: str, *, shards: int | None = None, progress: Progress = silent, **options: Any
+) -> Ranges:
+    """As `calibrate`, with the samples divided among the workers of a dask.distributed cluster.
+
+    Args:
+        scheduler: its address.
+        model: a path that every worker can read.
+        data: a path that every worker can read.
+        shards: parts of the samples; None: one for each worker.
+        progress: is told how many shards are done.
+        options: further arguments of `calibrate`.
+
+    Raises:
+        GraphoptError: as `calibrate`, or the cluster does not do the work.
+    """
+    work = partial(_calibrate_shard, model, data, options)
+    return merged(ranges_of_shards(scheduler, shards, work, progress))
+
+
+def _calibrate_shard(model: str, data: str, options: Mapping[str, Any], shard: Shard) -> Ranges:
+    return calibrate(model, data, shard=shard, **options)[0]
 
 
 def calibrates(pipeline: Sequence[Pass]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from graphopt.api import calibrate, calibrates, check, inspect, optimize
+from graphopt.api import calibrate, calibrate_on_cluster, calibrates, check, inspect, optimize
 from graphopt.data import Shard, data_file
 from graphopt.errors import DataError, GraphoptError, OutputError, PipelineError
 from graphopt.garbage import rare_collections
@@ -31,6 +31,7 @@ from graphopt.passes import registry
 from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
 from graphopt.preprocess import describe_keys, preprocess_file
+from graphopt.progress import Progress
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import write_ranges
 from graphopt.report.console import print_check, print_inspection, print_passes, print_ranges, print_report
@@ -120,24 +121,37 @@ def _calibrate(arguments: argparse.Namespace, console: Console, errors: Console)
     shard = None if arguments.shard is None else Shard.parse(arguments.shard)
     model = load_model(arguments.model)
     _refuse_outputs({"-o": output}, overwrite=arguments.overwrite, inputs=(*model.files, *_data_files(arguments)))
+    options = {
+        "preprocess": arguments.preprocess,
+        "passes": arguments.passes,
+        "method": method,
+        "percent": arguments.percent,
+        "samples": arguments.samples,
+        "target": arguments.target,
+        "memory_budget": arguments.memory_budget * 2**20,
+    }
     with progress_bars(errors) as progress:
-        ranges, report = calibrate(
-            model,
-            arguments.data,
-            passes=arguments.passes,
-            method=method,
-            percent=arguments.percent,
-            histograms=arguments.histograms,
-            preprocess=arguments.preprocess,
-            samples=arguments.samples,
-            shard=shard,
-            target=arguments.target,
-            memory_budget=arguments.memory_budget * 2**20,
-            progress=progress,
-        )
-    for warning in report.warnings:
+        if arguments.scheduler is not None:
+            ranges, warnings = _on_cluster(arguments, shard, options, progress), list[str]()
+        else:
+            ranges, report = calibrate(
+                model, arguments.data, histograms=arguments.histograms, shard=shard, progress=progress, **options
+            )
+            warnings = report.warnings
+    for warning in warnings:
         errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
     return _write_ranges(ranges, output, arguments, console)
+
+
+def _on_cluster(
+    arguments: argparse.Namespace, shard: Shard | None, options: Mapping[str, Any], progress: Progress
+) -> Ranges:
+    if shard is not None or arguments.data is None:
+        raise PipelineError(
+            "a cluster divides --data into shards itself: give --data, and --shards N instead of --shard"
+        )
+    model, data = (str(Path(path).absolute()) for path in (arguments.model, arguments.data))
+    return calibrate_on_cluster(arguments.scheduler, model, data, shards=arguments.shards, progress=progress, **options)
 
 
 def _merge_ranges(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
@@ -321,6 +335,12 @@ def _parser() -> argparse.ArgumentParser:
     calibrating.add_argument(
         "--shard", metavar="I/N", help="use every Nth sample from the Ith on, for merge-ranges; keeps histograms"
     )
+    calibrating.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run shards on the workers of this dask.distributed cluster, which read MODEL and DATA at the same paths",
+    )
+    calibrating.add_argument("--shards", type=int, metavar="N", help="for --scheduler; default: one for each worker")
     _add_memory_budget(calibrating)
     calibrating.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     calibrating.add_argument("--json", action="store_true", help="print the file on stdout too")

@@ -33,7 +33,10 @@ def test_type_checkers_of_users_find_the_types():
 
 def test_every_library_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    libraries_of_users = [*project["dependencies"], *project["optional-dependencies"]["images"]]
+    libraries_of_users = [
+        *project["dependencies"],
+        *(each for extra in ("images", "dask") for each in project["optional-dependencies"][extra]),
+    ]
     declared = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in libraries_of_users}
     imported = set()
     for path in [*(ROOT / "graphopt").rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
