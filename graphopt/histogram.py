@@ -41,6 +41,7 @@ class Extremes:
     """The exact minimum and maximum of a tensor, how many values it had and how many of them were zero."""
 
     needs_values: ClassVar[bool] = False  # whether `add_extremes` is not enough
+    takes_pieces: ClassVar[bool] = True  # whether `add` may be given the values in any order and in parts
 
     def __init__(self) -> None:
         self.minimum = math.inf  # above the maximum while there are no values

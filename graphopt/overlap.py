@@ -68,6 +68,7 @@ class Overlap(Generic[Statistics]):
     ) -> None:
         self._run = run
         self._statistics = statistics
+        self._divides = statistics().takes_pieces
         self._order = {name: number for number, name in enumerate(names)}
         self._most_alive = alive
         self._changed = threading.Condition()
@@ -157,7 +158,8 @@ class Overlap(Generic[Statistics]):
         try:
             values = self._run(sample.batch)
             while values:  # each piece keeps its tensor alive, and nothing else does
-                pieces += _pieces(sample, *values.popitem())
+                name, tensor = values.popitem()
+                pieces += _pieces(sample, name, tensor) if self._divides else [_Piece(sample, name, tensor, tensor)]
         except Exception as error:  # handed on by `put` or `result`
             self._fail(sample.batch.number, -1, error)
         with self._changed:

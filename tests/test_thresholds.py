@@ -92,6 +92,18 @@ def test_entropy_is_the_plain_algorithm_on_any_counts(counts, first_empty):
     assert entropy(counts, 1.0) == plain_entropy(counts)
 
 
+@pytest.mark.slow
+def test_entropy_is_the_plain_algorithm_on_a_thousand_generated_histograms():
+    rng = np.random.default_rng(1)
+    for number in range(1000):
+        size = 2048 if number % 200 == 0 else int(rng.integers(129, 400))
+        draws = [rng.standard_normal, rng.standard_exponential, rng.random, lambda n: rng.standard_t(1.5, n)]
+        values = np.abs(draws[number % 4](int(10 ** rng.uniform(0.5, 5)))) * 10.0 ** rng.uniform(-3, 3)
+        values[rng.random(len(values)) < rng.choice([0, 0.3, 0.9])] = 0
+        counts = np.histogram(values, size, (0, max(values.max(), 1e-9)))[0]
+        assert entropy(counts, 1.0) == plain_entropy(counts), number
+
+
 def test_entropy_leaves_the_counts_alone():
     counts = shaped_counts("relu", 200)
     before = counts.copy()
