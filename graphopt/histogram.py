@@ -194,19 +194,22 @@ class Histogram(Extremes):
             ValueError: the record is damaged, or is of other values than `seen`.
         """
         histogram = cls()
-        histogram.minimum, histogram.maximum = seen.minimum, seen.maximum
-        histogram.count, histogram.zeros = seen.count, seen.zeros
+        histogram._take_json(record, seen)
+        return histogram
+
+    def _take_json(self, record: Mapping[str, Any], seen: Extremes) -> None:
+        self.minimum, self.maximum = seen.minimum, seen.maximum
+        self.count, self.zeros = seen.count, seen.zeros
         try:
             counts = np.frombuffer(zlib.decompress(base64.b64decode(record["counts"], validate=True)), "<i8")
             first = int(record["first_bin"]) - 1 + BINS
-            histogram.width_exponent = int(record["width_exponent"])
-            histogram.counts[first : first + len(counts)] = counts
+            self.width_exponent = int(record["width_exponent"])
+            self.counts[first : first + len(counts)] = counts
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"its histogram is damaged: {error}") from error
         largest = max(-seen.minimum, seen.maximum)
-        if histogram.counts.sum() != seen.count or histogram.width_exponent != _width_exponent(largest):
+        if self.counts.sum() != seen.count or self.width_exponent != _width_exponent(largest):
             raise ValueError("its histogram is of other values than its extremes and its count")
-        return histogram
 
     def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
         self._widen(_width_exponent(max(-low, high)))

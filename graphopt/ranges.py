@@ -39,6 +39,7 @@ from types import NoneType
 from typing import Any
 
 from graphopt.errors import DataError
+from graphopt.exact_histogram import ExactHistogram
 from graphopt.files import write_text_atomically
 from graphopt.histogram import Extremes, Histogram
 from graphopt.quantization import QuantType
@@ -232,7 +233,7 @@ def seen_of(found: TensorRange, method: Method, where: str) -> Extremes:
         DataError: there is no histogram.
     """
     if found.histogram is not None:
-        copy = Histogram()
+        copy = type(found.histogram)()
         copy.merge(found.histogram)
         return copy
     if method.statistics().needs_values:
@@ -269,7 +270,9 @@ def _tensor_range(record: Any, where: str) -> TensorRange:
         if "histogram" not in record:
             return found
         extremes = seen_of(found, Method.MINMAX, where)
-        return replace(found, histogram=Histogram.from_json(_value(record, "histogram", dict, where), extremes))
+        stored = _value(record, "histogram", dict, where)
+        kind = ExactHistogram if "total" in stored else Histogram
+        return replace(found, histogram=kind.from_json(stored, extremes))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

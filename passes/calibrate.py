@@ -16,6 +16,8 @@ import onnx_graphsurgeon as gs
 from graphopt.data_checks import DataChecks
 from graphopt.data_free import BOTH, MADE_UP, STORED, ranges_without_data
 from graphopt.errors import PipelineError
+from graphopt.exact_histogram import ExactHistogram
+from graphopt.histogram import Histogram
 from graphopt.input_checks import input_warnings
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
@@ -47,6 +49,10 @@ class Calibrate(Pass):
         metadata={"help": "keep the histograms in the ranges file, to merge or to choose anew"},
     )
 
+    moments: bool = field(
+        default=False, metadata={"help": "exact mean and mean square, not to half a bin: a third more time"}
+    )
+
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
             raise PipelineError(f"calibrate:percent must be above 0 and at most 100, not {self.percent}")
@@ -70,7 +76,7 @@ class Calibrate(Pass):
             model,
             tensors,
             checks.samples,
-            self.method.statistics,
+            ExactHistogram if self.moments and self.method.statistics is Histogram else self.method.statistics,
             progress=context.progress,
             memory_budget=context.memory_budget,
         )
