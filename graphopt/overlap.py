@@ -178,8 +178,9 @@ class Overlap(Generic[Statistics]):
         with self._changed:
             self._taking -= 1
             piece.sample.pieces -= 1
-            self._alive -= not piece.sample.pieces
-            self._changed.notify_all()
+            if not piece.sample.pieces:  # nobody waits for less, and each waking costs Python's lock
+                self._alive -= 1
+                self._changed.notify_all()
 
     def _fail(self, batch: int, tensor: int, error: Exception) -> None:
         """Note a failure, and begin with no other batch: those before it are under way and may have failed first."""
@@ -187,6 +188,7 @@ class Overlap(Generic[Statistics]):
             self._failures.append((batch, tensor, error))
             self._alive -= len(self._put)
             self._put.clear()
+            self._changed.notify_all()
 
 
 def not_finite(tensor: str, what: NonFiniteError, place: str) -> str:
