@@ -125,7 +125,7 @@ def calibrate(
         method: how ranges are chosen.
         percent: for the method percentile.
         histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
-        moments: whether mean and mean square are exact, not to half a bin: a third more time.
+        moments: whether mean and mean square are exact, not to half a bin: up to twice the time.
         preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples of `data`, before they are divided.
         shard: which part of the samples to use; `merged` makes one of all parts.

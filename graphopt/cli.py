@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrating.add_argument("--method", default=DEFAULT_METHOD.value, metavar="M", help=f"{', '.join(_METHODS)}")
     calibrating.add_argument("--percent", type=float, default=99.99, metavar="P", help="for the method percentile")
     calibrating.add_argument("--histograms", action="store_true", help="keep them, to choose other ranges later")
-    calibrating.add_argument("--moments", action="store_true", help="exact mean and mean square, a third more time")
+    calibrating.add_argument("--moments", action="store_true", help="exact mean and mean square, up to twice the time")
     calibrating.add_argument(
         "--shard", metavar="I/N", help="use every Nth sample from the Ith on, for merge-ranges; keeps histograms"
     )

@@ -50,7 +50,7 @@ class Calibrate(Pass):
     )
 
     moments: bool = field(
-        default=False, metadata={"help": "exact mean and mean square, not to half a bin: a third more time"}
+        default=False, metadata={"help": "exact mean and mean square, not to half a bin: up to twice the time"}
     )
 
     def __post_init__(self) -> None:
