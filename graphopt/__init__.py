@@ -4,10 +4,11 @@ result = graphopt.optimize("model.onnx", "fold,calibrate,qdq", data="calib.npz")
 result.save("model.int8.onnx")
 """
 
-from graphopt.api import check, inspect, optimize
+from graphopt.api import calibrate, check, inspect, optimize
 from graphopt.errors import GraphoptError
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.pass_manager import PassManager, Result
+from graphopt.preprocess import Preprocess
 from graphopt.version import VERSION
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
+    "Preprocess",
     "Result",
     "Skip",
     "__version__",
+    "calibrate",
     "check",
     "inspect",
     "optimize",

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from graphopt.checking import Check, check_models
-from graphopt.data import DataSource, load_samples, refuse_limit
+from graphopt.cluster import ranges_of_shards
+from graphopt.data import DataSource, Shard, load_samples, refuse_limit
+from graphopt.errors import DataError, PipelineError
+from graphopt.feeds import Samples
+from graphopt.files import sha256_of
+from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.made_up import made_up_samples
+from graphopt.merging import merged
 from graphopt.model_io import Model, Source, load_model, refuse_target
-from graphopt.pass_base import Context, Effect, Pass
+from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, registry
+from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
+from graphopt.preprocess import AnyPreprocess
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
+from graphopt.ranges_files import read_ranges, write_ranges
+from graphopt.report.records import Report
 from graphopt.runtime import open_session
 from graphopt.targets import target_named
+from graphopt.thresholds import Method
 
 CHECK_SAMPLES = 64
 """Samples that the check at the end of `optimize` uses; `check` uses all that it is given."""
 
 _UNCALIBRATED = (
-    "no --data: activations were calibrated on made-up inputs, so their ranges and the figures below say little about "
-    "real ones"
+    "no data were used for the ranges: they come from statistics stored in BatchNormalization and from made-up inputs, "
+    "so they are guesses; calibrate with --data"
 )
 
 
+@rare_collections()
 def optimize(
     model: Source,
     passes: str | Sequence[Pass],
     *,
     data: DataSource | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     target: str = "ort-cpu",
     ranges: str | Path | Ranges | None = None,
+    memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
     progress: Progress = silent,
     failure_folder: Path | None = None,
@@ -46,10 +62,14 @@ def optimize(
     Args:
         model: a path, a ModelProto or a gs.Graph.
         passes: pipeline text such as "fold,calibrate,qdq", or passes.
-        data: what `load_samples` takes; None: activations are calibrated on made-up inputs, and the report says so.
+        data: what `load_samples` takes; None: ranges come without data (`graphopt.data_free`), and the report says so.
+        preprocess: how a folder of images becomes arrays, as text ("resize=256:crop=224"), a TOML file or a
+            `Preprocess`, which describes the keys.
         samples: use at most this many samples of `data`.
         target: a name in `graphopt.targets.TARGETS`.
-        ranges: a file that `calibrate` writes, or that is read when the pipeline has no `calibrate`; or ranges.
+        ranges: a file that `calibrate` writes (a TensorRT cache if its name ends in .cache), or that is read when the
+            pipeline has no `calibrate` (also a TensorRT cache or onnxruntime's calibration JSON); or ranges.
+        memory_budget: bytes of activations that calibration may hold at a time.
         verify: check the model after every pass, and compare with the float model after a lossy one.
         progress: is told how far the work is.
         failure_folder: gets what reproduces the failure of a pass.
@@ -59,7 +79,7 @@ def optimize(
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
     manager = PassManager(pipeline, verify=verify)
-    context = Context(target=target_named(target), progress=progress)
+    context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
     float_model = load_model(model)
     ranges_file = Path(ranges) if isinstance(ranges, str | Path) else None
     if isinstance(ranges, Ranges):
@@ -67,17 +87,99 @@ def optimize(
     elif ranges_file is not None and calibrates(pipeline):
         refuse_target(ranges_file, overwrite=True, protect=float_model.files)
     elif ranges_file is not None:
-        context.ranges = Ranges.load(ranges_file)
-    refuse_limit(samples)
-    if data is not None:
-        context.samples = load_samples(data, open_session(float_model).inputs, limit=samples)
+        context.ranges = read_ranges(ranges_file)
+    other_model = _other_model(context.ranges, float_model)
+    context.samples = _samples(float_model, data, preprocess, samples)
     result = manager.run(float_model, context, failure_folder=failure_folder)
     if ranges_file is not None and calibrates(pipeline) and context.ranges is not None:
-        context.ranges.save(ranges_file)
+        write_ranges(_of_model(context.ranges, float_model), ranges_file)
     if verify and _changed_outputs(pipeline, result):
         result.report.check = _final_check(float_model, result, context)
-    result.report.warnings[:0] = _data_warnings(pipeline, context, result.report.check)
+    result.report.warnings[:0] = [*_data_warnings(pipeline, context, result.report.check), *other_model]
     return result
+
+
+@rare_collections()
+def calibrate(
+    model: Source,
+    data: DataSource | None = None,
+    *,
+    passes: str | Sequence[Pass] = "fold",
+    method: Method = DEFAULT_METHOD,
+    percent: float = 99.99,
+    histograms: bool = False,
+    moments: bool = False,
+    preprocess: AnyPreprocess | None = None,
+    samples: int | None = None,
+    shard: Shard | None = None,
+    target: str = "ort-cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress = silent,
+) -> tuple[Ranges, Report]:
+    """Find the ranges of the tensors that a target quantizes, and nothing else.
+
+    Args:
+        model: a path, a ModelProto or a gs.Graph.
+        data: what `load_samples` takes; None: made-up inputs.
+        passes: what `optimize` will run before `calibrate`, so that tensors have the names that it will ask for.
+        method: how ranges are chosen.
+        percent: for the method percentile.
+        histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
+        moments: whether mean and mean square are exact, not to half a bin: a third more time.
+        preprocess: for a folder of images, as `optimize`.
+        samples: use at most this many samples of `data`, before they are divided.
+        shard: which part of the samples to use; `merged` makes one of all parts.
+        target: a name in `graphopt.targets.TARGETS`.
+        memory_budget: bytes of activations to hold at a time.
+        progress: is told how far the work is.
+
+    Returns:
+        the ranges, and what happened.
+
+    Raises:
+        GraphoptError: the model, the data or the request is wrong.
+    """
+    pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
+    if calibrates(pipeline) or any(item.effect is Effect.LOSSY for item in pipeline):
+        raise PipelineError("the passes of calibrate are those that come before it in the pipeline of optimize")
+    keep = histograms or shard is not None
+    pipeline.append(Calibrate(method=method, percent=percent, histograms=keep, moments=moments))
+    if shard is not None and (data is None or not method.merges):
+        raise PipelineError("a shard needs --data and a method that does not depend on the order of the samples")
+    float_model = load_model(model)
+    context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
+    context.samples = _samples(float_model, data, preprocess, samples)
+    if shard is not None and context.samples is not None:
+        context.samples = shard.of(context.samples)
+    result = PassManager(pipeline, verify=False).run(float_model, context)
+    result.report.warnings[:0] = _data_warnings(pipeline, context, None)
+    assert context.ranges is not None, "calibrate leaves ranges or raises"
+    found = _of_model(context.ranges, float_model)
+    return replace(found, shard="" if shard is None else str(shard)), result.report
+
+
+def calibrate_on_cluster(
+    scheduler: str, model: str, data: str, *, shards: int | None = None, progress: Progress = silent, **options: Any
+) -> Ranges:
+    """As `calibrate`, with the samples divided among the workers of a dask.distributed cluster.
+
+    Args:
+        scheduler: its address.
+        model: a path that every worker can read.
+        data: a path that every worker can read.
+        shards: parts of the samples; None: one for each worker.
+        progress: is told how many shards are done.
+        options: further arguments of `calibrate`.
+
+    Raises:
+        GraphoptError: as `calibrate`, or the cluster does not do the work.
+    """
+    work = partial(_calibrate_shard, model, data, options)
+    return merged(ranges_of_shards(scheduler, shards, work, progress))
+
+
+def _calibrate_shard(model: str, data: str, options: Mapping[str, Any], shard: Shard) -> Ranges:
+    return calibrate(model, data, shard=shard, **options)[0]
 
 
 def calibrates(pipeline: Sequence[Pass]) -> bool:
@@ -85,11 +187,16 @@ def calibrates(pipeline: Sequence[Pass]) -> bool:
     return any(isinstance(item, Calibrate) for item in pipeline)
 
 
+def _is_data_free(pipeline: Sequence[Pass]) -> bool:
+    return any(isinstance(item, Calibrate) and item.method is Method.DATA_FREE for item in pipeline)
+
+
 def check(
     reference: Source,
     other: Source,
     *,
     data: DataSource | None = None,
+    preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     layers: bool = False,
     exact: bool = False,
@@ -101,6 +208,7 @@ def check(
         reference: usually the float model; a path, a ModelProto or a gs.Graph.
         other: a model with the same inputs and outputs.
         data: what `load_samples` takes; None: made-up inputs.
+        preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples.
         layers: compare the tensors that both have by name, too.
         exact: with the arithmetic that Q and DQ stand for, as TensorRT, Arm and x86 with VNNI compute, not with
@@ -110,11 +218,11 @@ def check(
     Raises:
         GraphoptError: a model cannot be read, or they do not fit each other or the data.
     """
-    refuse_limit(samples)
     float_model, judged = load_model(reference), load_model(other)
-    session = open_session(float_model)
-    chosen = made_up_samples(session) if data is None else data
-    fitting = load_samples(chosen, session.inputs, limit=samples)
+    fitting = _samples(float_model, data, preprocess, samples)
+    if fitting is None:
+        fitting = made_up_samples(open_session(float_model))
+        fitting = fitting if samples is None else fitting.first(samples)
     return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
 
 
@@ -144,6 +252,32 @@ def inspect(model: Source) -> Inspection:
     )
 
 
+def _samples(
+    model: Model, data: DataSource | None, preprocess: AnyPreprocess | None, limit: int | None
+) -> Samples | None:
+    refuse_limit(limit)
+    if data is None and preprocess is not None:
+        raise DataError("preprocess is for a folder of images, and there are no data: name the folder (--data)")
+    if data is None:
+        return None
+    inputs = open_session(model, optimize=False, copy_weights=False).inputs
+    return load_samples(data, inputs, limit=limit, preprocess=preprocess)
+
+
+def _of_model(ranges: Ranges, model: Model) -> Ranges:
+    """Ranges with the name and the hash of the file that their model came from."""
+    if model.path is None:
+        return ranges
+    return replace(ranges, model=model.path.name, model_sha256=sha256_of(model.files))
+
+
+def _other_model(ranges: Ranges | None, model: Model) -> list[str]:
+    """A warning where ranges were found on another file than the model's."""
+    if ranges is None or not ranges.model_sha256 or model.path is None or ranges.model_sha256 == sha256_of(model.files):
+        return []
+    return [f"the ranges were found on another model, {ranges.model}: only tensors of the same names get one"]
+
+
 def _final_check(float_model: Model, result: Result, context: Context) -> Check:
     samples = context.samples or made_up_samples(open_session(float_model), seed=context.seed)
     return check_models(
@@ -158,7 +292,7 @@ def _final_check(float_model: Model, result: Result, context: Context) -> Check:
 
 def _data_warnings(pipeline: Sequence[Pass], context: Context, made: Check | None) -> list[str]:
     """What a user must know of the data that ranges and figures come from."""
-    if context.samples is None and calibrates(pipeline):
+    if calibrates(pipeline) and (context.samples is None or _is_data_free(pipeline)):
         return [_UNCALIBRATED]
     warnings = [] if context.samples is None else list(context.samples.notes)
     if context.ranges is not None and context.ranges.synthetic:

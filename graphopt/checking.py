@@ -40,6 +40,7 @@ class Check:
     data: str
     synthetic: bool
     exact: bool
+    notes: tuple[str, ...]  # what a user should know of the data
     layers: Comparison | None = None
 
     @property
@@ -93,6 +94,7 @@ def check_models(
         data=samples.description,
         synthetic=samples.synthetic,
         exact=exact,
+        notes=samples.notes,
         layers=compare_layers(reference, other, samples, progress) if layers else None,
     )
 

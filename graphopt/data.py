@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ from typing import Any, Protocol
 from graphopt.errors import DataError
 from graphopt.feed_sources import RawFeed, Source, npz_file, npz_folder, onnx_test_data
 from graphopt.feeds import Array, Feed, InputSpec, Samples, fitting_feed
+from graphopt.image_files import image_paths
+from graphopt.images import image_folder
+from graphopt.preprocess import AnyPreprocess, Preprocess, preprocess_of
 from graphopt.python_sources import function_in_file, python_object
 
 
@@ -32,7 +36,13 @@ DataSource = (
 )
 
 
-def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+def load_samples(
+    source: DataSource,
+    inputs: Sequence[InputSpec],
+    *,
+    limit: int | None = None,
+    preprocess: AnyPreprocess | None = None,
+) -> Samples:
     """Load feeds that fit `inputs`, at most `limit` of them, read as they are asked for.
 
     `source` is one of
@@ -40,6 +50,8 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
         `feed_sources.arrays_along_axis_0`); in Python also a dict of such arrays
       - a folder of .npz, one feed each, in the order of their names
       - a folder of ONNX `test_data_set_*/input_*.pb`
+      - a folder of images and of folders of them (bmp, gif, jpeg, png, ppm, tiff, webp; sorted), which `preprocess`
+        turns into arrays: see `preprocess.Preprocess`
       - `file.py:function`: a function that yields feeds; in Python also the function itself
       - in Python any iterable of `dict[str, array]`, or a CalibrationDataReader (rules:
         `python_sources.python_object`).
@@ -48,12 +60,12 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
     checked at once, each later one when its turn comes.
 
     Raises:
-        DataError: nothing is there, there are no samples, or they do not fit the model. Iterating raises it
-        too.
+        DataError: nothing is there, there are no samples, or they do not fit the model; `preprocess` is wrong, or
+        the data are no images. Iterating raises it too.
 
     """
     refuse_limit(limit)
-    found = _source(source, inputs, limit)
+    found = _source(source, inputs, limit, None if preprocess is None else preprocess_of(preprocess))
     first = next(found.start(), None)
     if first is None:
         raise DataError(f"{found.description}: no samples")
@@ -78,6 +90,53 @@ def load_samples(source: DataSource, inputs: Sequence[InputSpec], *, limit: int 
     )
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One of `total` parts of some samples: every `total`-th of them, from number `number`, counted from 1.
+
+    Raises:
+        DataError: there is no such part.
+    """
+
+    number: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.total:
+            raise DataError(f"there is no shard {self}: give I/N with I from 1 to N, such as 1/4")
+
+    def __str__(self) -> str:
+        """As the command line takes it."""
+        return f"{self.number}/{self.total}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `I/N`.
+
+        Raises:
+            DataError: it is something else.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise DataError(f"'{text}' is no shard: give I/N with I from 1 to N, such as 1/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, samples: Samples) -> Samples:
+        """The samples that are this part of `samples`.
+
+        Raises:
+            DataError: there is none.
+        """
+
+        def start() -> Iterator[Feed]:
+            return islice(samples, self.number - 1, None, self.total)
+
+        count = None if samples.count is None else len(range(self.number - 1, samples.count, self.total))
+        if next(start(), None) is None:
+            raise DataError(f"{samples.description} has no samples for shard {self}: divide it into fewer")
+        return replace(samples, start=start, count=count)
+
+
 def refuse_limit(limit: int | None) -> None:
     """Refuse a number of samples that leaves none.
 
@@ -89,7 +148,18 @@ def refuse_limit(limit: int | None) -> None:
         raise DataError(f"the number of samples must be at least 1, not {limit}")
 
 
-def _source(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) -> Source:
+def _source(
+    source: DataSource, inputs: Sequence[InputSpec], limit: int | None, preprocess: Preprocess | None
+) -> Source:
+    if isinstance(source, (str, Path)) and (paths := _images(str(source))):
+        return image_folder(Path(source), paths, inputs, preprocess)
+    found = _arrays(source, inputs, limit)
+    if preprocess is not None:
+        raise DataError(f"{found.description}: read as arrays, and preprocess is for a folder of images: leave it out")
+    return found
+
+
+def _arrays(source: DataSource, inputs: Sequence[InputSpec], limit: int | None) -> Source:
     if isinstance(source, (str, Path)):
         return _source_at(str(source), inputs)
     if isinstance(source, Samples):
@@ -126,22 +196,28 @@ def data_file(text: str) -> Path:
     return Path(python[1] if python else text)
 
 
+def _images(text: str) -> list[Path]:
+    """The images of a folder that holds no arrays."""
+    folder = Path(text)
+    return [] if not text or not folder.is_dir() or _kind_of_arrays(folder) else image_paths(folder)
+
+
 def _source_in_folder(folder: Path, inputs: Sequence[InputSpec]) -> Source:
-    if any(folder.glob("*.npz")):
-        return npz_folder(folder, inputs)
-    if any(folder.glob("test_data_set_*/input_*.pb")) or any(folder.glob("input_*.pb")):
-        return onnx_test_data(folder, inputs)
-    if any(path.suffix.lower() in _IMAGES for path in folder.rglob("*")):
-        example = f"np.savez('calib.npz', **{{'{inputs[0].name}': array}})" if inputs else "np.savez"
-        raise DataError(
-            f"{folder}: a folder of images is not supported yet: preprocess them and write an .npz "
-            f"with samples along axis 0, {example}"
-        )
+    kind = _kind_of_arrays(folder)
+    if kind is not None:
+        return kind(folder, inputs)
     raise DataError(f"{folder}: holds no data that graphopt reads: give {_KINDS}")
 
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_KINDS = "an .npz, a folder of .npz, a folder of ONNX test_data_set_*/input_*.pb, or file.py:function"
+def _kind_of_arrays(folder: Path) -> Callable[[Path, Sequence[InputSpec]], Source] | None:
+    if any(folder.glob("*.npz")):
+        return npz_folder
+    if any(folder.glob("test_data_set_*/input_*.pb")) or any(folder.glob("input_*.pb")):
+        return onnx_test_data
+    return None
+
+
+_KINDS = "an .npz, a folder of .npz, of ONNX test_data_set_*/input_*.pb or of images, or file.py:function"
 
 
 def _ignored(first: RawFeed, inputs: Sequence[InputSpec], where: str) -> tuple[str, ...]:

@@ -21,6 +21,20 @@ Array = NDArray[Any]
 Feed = dict[str, Array]
 """Input name -> array, everything that one inference call needs."""
 
+
+class SourcedFeed(dict[str, Array]):
+    """A feed that knows where it was found: a file, or a file and a sample in it."""
+
+    def __init__(self, arrays: Mapping[str, Array], where: str) -> None:
+        super().__init__(arrays)
+        self.where = where
+
+
+def place_of(feed: Feed, number: int) -> str:
+    """Return how an error names a feed: where it was found, or else its number."""
+    return feed.where if isinstance(feed, SourcedFeed) else f"sample {number} (counted from 0)"
+
+
 Dimension = int | str | None
 """A declared size: a number, a symbolic name, or None where the model says nothing."""
 
@@ -81,7 +95,8 @@ def fitting_feed(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], where: 
         DataError: an input has no array, or its array does not fit; the message begins with `where`.
 
     """
-    return {spec.name: _fitting_array(arrays[spec.name], spec, where) for spec in required(inputs, arrays, where)}
+    fitting = {spec.name: _fitting_array(arrays[spec.name], spec, where) for spec in required(inputs, arrays, where)}
+    return SourcedFeed(fitting, where)
 
 
 def required(inputs: Sequence[InputSpec], names: Mapping[str, Any], where: str) -> Sequence[InputSpec]:

@@ -8,10 +8,11 @@ one, never a part.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graphopt.errors import OutputError
@@ -96,3 +97,13 @@ def _output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     if isinstance(error, FileNotFoundError) and not folder.is_dir():
         return OutputError(f"cannot write {path}: there is no folder {folder}; create it first")
     return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """The SHA-256 of some files' bytes, one after the other, in hexadecimal digits."""
+    state = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                state.update(block)
+    return state.hexdigest()

@@ -13,10 +13,12 @@ samples and however they are batched, and histograms of two shards of the data m
 
 from __future__ import annotations
 
+import base64
 import math
 import threading
-from collections.abc import Iterator
-from typing import Any
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +28,8 @@ from graphopt.graph import Array
 BINS = 2048  # on each side of zero
 FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 
-_CHUNK = 1 << 16  # values binned at a time, so that the buffers stay in a core's cache
+_CHUNK = 1 << 17  # values taken in at a time: few calls, and buffers that stay in a core's cache
+_MOVING = 0.01  # weight of a new sample in a moving average
 _SMALLEST_EXPONENT = -120  # of the bin width: its inverse is a float32; smaller values fall into bin 0
 
 
@@ -35,13 +38,23 @@ class NonFiniteError(ValueError):
 
 
 class Extremes:
-    """The exact minimum and maximum of a tensor, and how many values it had and how many were zero."""
+    """The exact minimum and maximum of a tensor, how many values it had and how many of them were zero."""
+
+    needs_values: ClassVar[bool] = False  # whether `add_extremes` is not enough
+    takes_pieces: ClassVar[bool] = True  # whether `add` may be given the values in any order and in parts
 
     def __init__(self) -> None:
         self.minimum = math.inf  # above the maximum while there are no values
         self.maximum = -math.inf
         self.count = 0
-        self.zeros = 0
+        self.zeros: int | None = 0  # None: somebody took in extremes, not values
+
+    def add_extremes(self, minimum: float, maximum: float, count: int) -> None:
+        """Take in a tensor of which only the finite extremes and the number of values are known; 0 changes nothing."""
+        if count:
+            self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
+            self.count += count
+            self.zeros = None
 
     def add(self, values: Array) -> None:
         """Take in an array of any shape and any of `FLOAT_TYPES`; an empty one changes nothing.
@@ -56,7 +69,7 @@ class Extremes:
                 raise NonFiniteError("NaN" if math.isnan(low) else "infinite")
             self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
             self.count += chunk.size
-            if low <= 0 <= high:
+            if low <= 0 <= high and self.zeros is not None:
                 self.zeros += int(np.count_nonzero(np.equal(chunk, 0, out=_scratch.flags[: chunk.size])))
             self._add_chunk(chunk, low, high)
 
@@ -65,10 +78,40 @@ class Extremes:
         self.minimum = min(self.minimum, other.minimum)
         self.maximum = max(self.maximum, other.maximum)
         self.count += other.count
-        self.zeros += other.zeros
+        self.zeros = None if self.zeros is None or other.zeros is None else self.zeros + other.zeros
 
     def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
         """Take in what only a subclass keeps; `low` and `high` are the chunk's extremes."""
+
+
+class MovingAverage(Extremes):
+    """Also averages of the samples' minima and maxima that favour the last samples.
+
+    As quantization-aware training has them (Jacob et al. 2018, section 3.1; PyTorch's MovingAverageMinMaxObserver):
+    average += (of this sample - average) / 100, from those of the first sample on. They depend on the order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average_minimum = math.nan
+        self.average_maximum = math.nan
+
+    def add_extremes(self, minimum: float, maximum: float, count: int) -> None:
+        """Take in a sample; one without values changes nothing."""
+        if count and self.count:
+            self.average_minimum += (minimum - self.average_minimum) * _MOVING
+            self.average_maximum += (maximum - self.average_maximum) * _MOVING
+        elif count:
+            self.average_minimum, self.average_maximum = minimum, maximum
+        super().add_extremes(minimum, maximum, count)
+
+    def merge(self, other: Extremes) -> None:
+        """Refuse.
+
+        Raises:
+            TypeError: always: what came first is not known.
+        """
+        raise TypeError("moving averages do not merge: they depend on the order of the samples")
 
 
 class Histogram(Extremes):
@@ -77,6 +120,8 @@ class Histogram(Extremes):
     `counts` has 2 * BINS - 1 int64 entries, bin k at `counts[k + BINS - 1]`; a bin is `2.0 ** width_exponent`
     wide.
     """
+
+    needs_values: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,9 +142,19 @@ class Histogram(Extremes):
         """
         if not self.count:
             return math.nan
+        return float(self.middles() @ self.counts) / self.count
+
+    @property
+    def second_moment(self) -> float:
+        """The mean of the squares, with each value at the middle of its bin, as `mean`."""
+        if not self.count:
+            return math.nan
+        return float(self.middles() ** 2 @ self.counts) / self.count
+
+    def middles(self) -> NDArray[np.float64]:
+        """The middle of each bin, in the tensor's unit; 0 for bin 0, where the zeros are."""
         bins = np.arange(1 - BINS, BINS)
-        middles = bins + 0.5 * np.sign(bins)
-        return float(middles @ self.counts) / self.count * self.width
+        return (bins + 0.5 * np.sign(bins)) * self.width
 
     def magnitudes(self) -> NDArray[np.int64]:
         """The counts of |x|: `BINS` int64 entries, entry k for k * width <= |x| < (k + 1) * width."""
@@ -120,6 +175,42 @@ class Histogram(Extremes):
         self._widen(exponent)
         self.counts += _widened(other.counts, exponent - other.width_exponent)
 
+    def to_json(self) -> dict[str, Any]:
+        """The bins for a file; the extremes and the numbers of values and zeros are kept beside it."""
+        filled = np.flatnonzero(self.counts)
+        first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
+        packed = zlib.compress(self.counts[first:last].astype("<i8").tobytes(), 9)
+        return {
+            "width_exponent": self.width_exponent,
+            "first_bin": first + 1 - BINS,
+            "counts": base64.b64encode(packed).decode(),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], seen: Extremes) -> Histogram:
+        """A histogram from what `to_json` gave and from what was kept beside it.
+
+        Raises:
+            ValueError: the record is damaged, or is of other values than `seen`.
+        """
+        histogram = cls()
+        histogram._take_json(record, seen)
+        return histogram
+
+    def _take_json(self, record: Mapping[str, Any], seen: Extremes) -> None:
+        self.minimum, self.maximum = seen.minimum, seen.maximum
+        self.count, self.zeros = seen.count, seen.zeros
+        try:
+            counts = np.frombuffer(zlib.decompress(base64.b64decode(record["counts"], validate=True)), "<i8")
+            first = int(record["first_bin"]) - 1 + BINS
+            self.width_exponent = int(record["width_exponent"])
+            self.counts[first : first + len(counts)] = counts
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"its histogram is damaged: {error}") from error
+        largest = max(-seen.minimum, seen.maximum)
+        if self.counts.sum() != seen.count or self.width_exponent != _width_exponent(largest):
+            raise ValueError("its histogram is of other values than its extremes and its count")
+
     def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
         self._widen(_width_exponent(max(-low, high)))
         # A power of two: products are exact, or so small that they truncate to bin 0 whatever they round to.
@@ -128,7 +219,10 @@ class Histogram(Extremes):
         scaled = np.multiply(chunk, per_width, out=_scratch.scaled[chunk.dtype.type][: chunk.size])
         truncated = _scratch.truncated[: chunk.size]
         np.copyto(truncated, scaled, casting="unsafe")  # by way of int32: straight to int64 is slow on most CPUs
-        bins = np.subtract(truncated, first, out=_scratch.bins[: chunk.size])
+        if first:
+            np.subtract(truncated, first, out=truncated)
+        bins = _scratch.bins[: chunk.size]
+        np.copyto(bins, truncated)
         self.counts[first + BINS - 1 : last + BINS] += np.bincount(bins)
 
     def _widen(self, exponent: int) -> None:

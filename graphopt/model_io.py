@@ -57,6 +57,7 @@ class Model:
     path: Path | None = None
     files: tuple[Path, ...] = ()
 
+    @rare_collections()
     def copy(self) -> Model:
         """Return a clone that shares the weights, which are never written in place, and nothing else."""
         return Model(copy_graph(self.graph), self.frame.copy(), self.path, self.files)
@@ -81,6 +82,7 @@ class Model:
 Source: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph | Model
 
 
+@rare_collections()
 def load_model(source: Source) -> Model:
     """Load a model; one that is loaded already is returned itself.
 
@@ -99,13 +101,11 @@ def load_model(source: Source) -> Model:
     if isinstance(source, gs.Graph):
         return Model(source)
     if isinstance(source, onnx.ModelProto):
-        with rare_collections():
-            return Model(*import_model(source, None, owned=False))
+        return Model(*import_model(source, None, owned=False))
     path = Path(source)
     proto = _read_proto(path)
     try:
-        with rare_collections():
-            graph, frame = import_model(proto, path.parent, owned=True)
+        graph, frame = import_model(proto, path.parent, owned=True)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     return Model(graph, frame, path, (path, *_weight_files(graph, frame)))
@@ -147,6 +147,7 @@ def _what_it_is(start: bytes) -> str:
     return "is a text file, not an ONNX model; give the binary .onnx file"
 
 
+@rare_collections()
 def save_model(
     model: Model | onnx.ModelProto,
     path: str | os.PathLike[str],

@@ -1,32 +1,43 @@
-"""Run a float model over samples and keep what its tensors looked like.
+"""Run a float model over samples and keep what its tensors looked like, in memory that does not grow with them.
 
-One pass over the samples in memory that does not grow with them: while onnxruntime computes sample n + 1,
-which it does without Python's lock, a worker thread takes in the tensors of sample n; then the main thread
-helps with what is left of them. At most two samples' tensors are alive.
+Where the extremes are enough, the model gets ReduceMin and ReduceMax nodes and nothing else leaves it
+(`graphopt.reductions`). Where the values themselves are asked for, threads share the work (`graphopt.crew`): one
+takes in the tensors of a sample while the other runs the model on the next one.
+
+Two samples' tensors are alive at a time. Where these would pass the memory budget, the tensors are observed in
+groups, with one run over the samples each; the plan says so before the first. Small samples are joined into batches
+where the model proves to give the same bits for a batch as for its samples one by one (`graphopt.batches`).
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.batches import LARGEST_BATCH, Batch, batches, can_join, gives_the_same_bits
 from graphopt.errors import DataError, GraphoptError
-from graphopt.feeds import Feed, Samples
+from graphopt.feeds import Feed, Samples, place_of
 from graphopt.graph import Array, all_graphs, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
-from graphopt.pass_base import Skip
+from graphopt.overlap import Overlap, not_finite
+from graphopt.pass_base import MEMORY_BUDGET, Skip
 from graphopt.progress import Progress, silent, track
-from graphopt.runtime import Session, open_session
+from graphopt.reductions import Reductions
+from graphopt.runtime import open_session, release_free_memory
+from graphopt.sizes import is_typed_tensor, nbytes, numpy_dtype, tensors_at
 
 Statistics = TypeVar("Statistics", bound=Extremes)
+
+_SAMPLES_ALIVE = 2
+_BATCH_NBYTES = 2**23  # of all tensors; samples of fewer are joined up to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,7 @@ class Observation(Generic[Statistics]):
     statistics: Mapping[str, Statistics]
     skipped: tuple[Skip, ...]
     samples: int
+    notes: tuple[str, ...] = ()  # how the memory budget was kept
 
 
 def observe(
@@ -45,6 +57,7 @@ def observe(
     statistics: Callable[[], Statistics],
     *,
     progress: Progress = silent,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Observation[Statistics]:
     """Run `model` over all samples and collect the statistics of `tensors`.
 
@@ -54,108 +67,195 @@ def observe(
         samples: any number of them, of any shapes that the model takes.
         statistics: makes the empty statistics of one tensor: `Histogram`, or `Extremes` where they suffice.
         progress: told after every sample.
+        memory_budget: bytes of observed tensors that may be alive at a time; with `Extremes` none are.
 
     Raises:
         DataError: there are no samples, the model does not run on one of them, or one gives a tensor a NaN or
             an infinity; the message says which.
         ModelError: onnxruntime cannot load the model.
     """
+    first = next(iter(samples), None)
+    if first is None:
+        raise DataError(f"{samples.description}: there are no samples to calibrate with")
     skipped = _unobservable(model.graph, tensors)
     left_out = {skip.where for skip in skipped}
-    observer = _Observer([name for name in tensors if name not in left_out], statistics)
-    graph_inputs = {tensor.name for tensor in model.graph.inputs}
-    inputs = [name for name in observer.seen if name in graph_inputs]
-    computed = [name for name in observer.seen if name not in graph_inputs]
-    session = open_session(model, threads=_inference_threads(), extra_outputs=computed)
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="observe") as worker:
-        number = -1
-        waiting: deque[tuple[str, Any]] = deque()
-        helped: Future[None] = worker.submit(observer.take, waiting)
-        for number, feed in enumerate(track(samples, progress, "calibrate", samples.count)):
-            values = _run(session, feed, computed, number)
-            # copies: a source may fill the same arrays for the next sample while the worker still reads them
-            values.update((name, feed[name].copy()) for name in inputs if name in feed)
-            observer.take(waiting)
-            helped.result()
-            observer.refuse_non_finite(number - 1)
-            waiting = deque(values.items())
-            helped = worker.submit(observer.take, waiting)
-        observer.take(waiting)
-        helped.result()
-        observer.refuse_non_finite(number)
-    if number < 0:
-        raise DataError(f"{samples.description}: there are no samples to calibrate with")
+    names = [name for name in dict.fromkeys(tensors) if name not in left_out]
+    sized = tensors_at(model.graph, {name: array.shape for name, array in first.items()})
+    release_free_memory()
+    if statistics().needs_values:
+        sizes = _nbytes(model, names, sized, first)
+        found = _observe_values(model, sizes, samples, statistics, progress, memory_budget)
+    else:
+        found = _observe_extremes(model, _dtypes(names, sized), samples, statistics, progress)
+    skipped += [
+        Skip(name, found.other_types.get(name, "it has no values in any sample"))
+        for name in names
+        if name not in found.seen or not found.seen[name].count
+    ]
     return Observation(
-        statistics={name: seen for name, seen in observer.seen.items() if seen.count},
-        skipped=(*skipped, *observer.without_values()),
-        samples=number + 1,
+        statistics={name: found.seen[name] for name in names if name in found.seen and found.seen[name].count},
+        skipped=tuple(skipped),
+        samples=found.samples,
+        notes=found.notes,
     )
 
 
-class _Observer(Generic[Statistics]):
-    """Takes in the tensors of one sample after another; threads may share the tensors of one sample."""
+@dataclass
+class _Found(Generic[Statistics]):
+    seen: dict[str, Statistics]
+    samples: int
+    other_types: dict[str, str]  # by tensor, why it is not observed
+    notes: tuple[str, ...] = ()
 
-    def __init__(self, names: Sequence[str], statistics: Callable[[], Statistics]) -> None:
-        self.seen = {name: statistics() for name in names}
-        self._other_types: dict[str, str] = {}
-        self._non_finite: dict[str, str] = {}
 
-    def take(self, waiting: deque[tuple[str, Any]]) -> None:
-        """Take in the tensors, by name, that no other thread has taken out of `waiting`."""
-        while waiting:
-            try:
-                name, value = waiting.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            self._take_one(name, value)
+def _observe_extremes(
+    model: Model,
+    dtypes: Mapping[str, np.dtype[Any] | None],
+    samples: Samples,
+    statistics: Callable[[], Statistics],
+    progress: Progress,
+) -> _Found[Statistics]:
+    floats = {name: dtype for name, dtype in dtypes.items() if dtype is not None and dtype.name in FLOAT_TYPES}
+    seen = {name: statistics() for name in floats}
+    reductions = Reductions(model, floats) if floats else None
+    release_free_memory()
+    number = -1
+    for number, feed in enumerate(track(samples, progress, f"calibrate {len(floats)} tensors", samples.count)):
+        with _failing_at(place_of(feed, number)):
+            reduced = reductions.run(feed) if reductions else {}
+        for name, found in reduced.items():
+            if isinstance(found, NonFiniteError):
+                raise DataError(not_finite(name, found, place_of(feed, number)))
+            seen[name].add_extremes(found.minimum, found.maximum, found.count)
+    other = {name: _of_another_type(dtype) for name, dtype in dtypes.items() if name not in floats}
+    return _Found(seen, number + 1, other)
 
-    def _take_one(self, name: str, value: Any) -> None:
-        if not isinstance(value, np.ndarray):  # an optional tensor without a value
-            return
-        if value.dtype.name not in FLOAT_TYPES:
-            self._other_types[name] = f"its values are {value.dtype.name}: only floating-point tensors are quantized"
-            return
-        try:
-            self.seen[name].add(value)
-        except NonFiniteError as error:
-            self._non_finite[name] = str(error)
 
-    def refuse_non_finite(self, number: int) -> None:
-        """Check that sample `number`, now taken in, was finite.
+def _observe_values(
+    model: Model,
+    sizes: Mapping[str, int],
+    samples: Samples,
+    statistics: Callable[[], Statistics],
+    progress: Progress,
+    memory_budget: int,
+) -> _Found[Statistics]:
+    groups = _groups(sizes, memory_budget // _SAMPLES_ALIVE)
+    found = _Found[Statistics]({}, 0, {}, _notes(sizes, groups, memory_budget))
+    for number, group in enumerate(groups, 1):
+        run = f", run {number} of {len(groups)}" if len(groups) > 1 else ""
+        one = sum(sizes[name] for name in group)
+        runner = _Runner(model, group, found.other_types)
+        size = runner.batch_size(samples, one)
+        what = f"calibrate {len(group)} tensors, {_SAMPLES_ALIVE * size * one / 2**20:.0f} MiB{run}"
+        release_free_memory()
+        threads = min(_SAMPLES_ALIVE, os.cpu_count() or 1)
+        with Overlap(runner.run, statistics, group, threads=threads, alive=_SAMPLES_ALIVE) as overlap:
+            for batch in batches(track(samples, progress, what, samples.count), size):
+                overlap.put(batch)
+                found.samples = batch.number + len(batch.places)
+            found.seen |= overlap.result()
+    return found
+
+
+class _Runner:
+    """Runs the model for the values of some of its tensors."""
+
+    def __init__(self, model: Model, tensors: Sequence[str], other_types: dict[str, str]) -> None:
+        inputs = {tensor.name for tensor in model.graph.inputs}
+        self._inputs = [name for name in tensors if name in inputs]
+        self._computed = [name for name in tensors if name not in inputs]
+        self._other_types = other_types
+        # The threads that run samples at the same time share these; a thread for each core besides would only wait.
+        threads = max(1, (os.cpu_count() or 1) - 1)
+        self._session = open_session(model, threads=threads, extra_outputs=self._computed, plan_memory=False)
+
+    def batch_size(self, samples: Samples, nbytes: int) -> int:
+        """How many samples to join, when one of them has `nbytes` in the tensors."""
+        size = min(LARGEST_BATCH, _BATCH_NBYTES // max(nbytes, 1))
+        if size < 2 or not self._computed or not can_join(self._session.inputs):
+            return 1
+        feeds = list(islice(samples, size))
+        return size if len(feeds) > 1 and gives_the_same_bits(self._session, feeds, self._computed) else 1
+
+    def run(self, batch: Batch) -> dict[str, Array]:
+        """The floating-point tensors that have a value.
 
         Raises:
-            DataError: names the first tensor that was not, in the order that was asked for.
+            DataError: the model does not run on the batch.
         """
-        for name in self.seen if self._non_finite else ():
-            if name in self._non_finite:
-                raise DataError(
-                    f"tensor {name} is {self._non_finite[name]} in sample {number} (counted from 0): "
-                    "leave that sample out, or repair the model"
-                )
-
-    def without_values(self) -> list[Skip]:
-        """The tensors of which there is nothing to keep, and why."""
-        return [
-            Skip(name, self._other_types.get(name, "it has no values in any sample"))
-            for name, seen in self.seen.items()
-            if not seen.count
-        ]
+        values: dict[str, Any] = {}
+        if self._computed:
+            with _failing_at(batch.places[0]):
+                values = self._session.run_without_copies(batch.feed, self._computed)
+        values.update((name, batch.feed[name]) for name in self._inputs if name in batch.feed)
+        floats = {}
+        for name, value in values.items():
+            if isinstance(value, np.ndarray) and value.dtype.name in FLOAT_TYPES:
+                floats[name] = value
+            elif isinstance(value, np.ndarray):
+                self._other_types[name] = _of_another_type(value.dtype)
+        return floats
 
 
-def _inference_threads() -> int:
-    # One core is the worker's. With a thread for each core, onnxruntime's, which spin while they wait, and
-    # the worker take turns: twice the time on two cores.
-    return max(1, (os.cpu_count() or 1) - 1)
-
-
-def _run(session: Session, feed: Feed, tensors: Sequence[str], number: int) -> dict[str, Array]:
-    if not tensors:
-        return {}
+@contextmanager
+def _failing_at(place: str) -> Iterator[None]:
     try:
-        return session.run_without_copies(feed, tensors)
+        yield
     except GraphoptError as error:
-        raise DataError(f"the model does not run on sample {number} (counted from 0): {error}") from error
+        raise DataError(f"the model does not run on {place}: {error}") from error
+
+
+def _dtypes(names: Sequence[str], sized: Mapping[str, gs.Tensor]) -> dict[str, np.dtype[Any] | None]:
+    return {name: numpy_dtype(sized[name].dtype) if is_typed_tensor(sized[name]) else None for name in names}
+
+
+def _of_another_type(dtype: np.dtype[Any] | None) -> str:
+    if dtype is None:
+        return "its type is unknown to ONNX shape inference"
+    return f"its values are {dtype.name}: only floating-point tensors are quantized"
+
+
+def _nbytes(model: Model, names: Sequence[str], sized: Mapping[str, gs.Tensor], feed: Feed) -> dict[str, int]:
+    """The bytes of each tensor on one feed: as inferred, or else as counted in one run of the model."""
+    found = {name: nbytes(sized[name]) for name in names}
+    dtypes = _dtypes(names, sized)
+    uncounted = {
+        name: dtype
+        for name, dtype in dtypes.items()
+        if dtype is not None and dtype.name in FLOAT_TYPES and found[name] is None
+    }
+    if uncounted:
+        with _failing_at(place_of(feed, 0)):
+            counted = Reductions(model, uncounted).run(feed)
+        for name, reduced in counted.items():
+            found[name] = 0 if isinstance(reduced, NonFiniteError) else reduced.count * uncounted[name].itemsize
+    return {name: count or 0 for name, count in found.items()}
+
+
+def _notes(sizes: Mapping[str, int], groups: Sequence[Sequence[str]], memory_budget: int) -> tuple[str, ...]:
+    if len(groups) == 1:
+        return ()
+    largest = max(sum(sizes[name] for name in group) for group in groups) * _SAMPLES_ALIVE
+    note = (
+        f"the samples ran {len(groups)} times, for a group of tensors each, to keep to "
+        f"{memory_budget / 2**20:.0f} MiB of activations"
+    )
+    if largest > memory_budget:
+        return (f"{note}; the largest tensor alone took {largest / 2**20:.0f} MiB",)
+    return (note,)
+
+
+def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """The tensors in groups of at most `most` bytes each; a larger tensor is a group of its own."""
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups or [[]]
 
 
 def _unobservable(graph: gs.Graph, names: Sequence[str]) -> list[Skip]:

@@ -23,5 +23,15 @@ MOVING = frozenset(
 )
 """Operators whose result holds elements of their first input, each as it is."""
 
+POINTWISE = frozenset(
+    {
+        *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg"),
+        *("PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
+        *("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum", "Where"),
+        *("Concat", "MaxPool", "Pad", "Resize", "Split"),
+    }
+)
+"""Operators that combine or change values of the same place, or choose among those of few: none adds over many."""
+
 NEVER_NEGATIVE = frozenset({"Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 """Operators whose result is not below zero; Abs is none: it leaves the lowest integer as it is."""

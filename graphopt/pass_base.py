@@ -19,10 +19,13 @@ import onnx_graphsurgeon as gs
 
 from graphopt.feeds import Samples
 from graphopt.frame import Frame
+from graphopt.model_io import Model
 from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.shapes import infer_shapes
 from graphopt.targets import Target, target_named
+
+MEMORY_BUDGET = 2**30
 
 
 class Effect(Enum):
@@ -52,6 +55,7 @@ class PassResult:
     skipped: tuple[Skip, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know besides: "opset raised from 11 to 13"
+    warnings: tuple[str, ...] = ()  # what a user should act on
     growth: int = 0  # bytes that it took of a budget by which the model may grow
 
 
@@ -62,7 +66,9 @@ class Context:
     target: Target = field(default_factory=lambda: target_named("ort-cpu"))
     samples: Samples | None = None  # calibration data; None: synthetic inputs
     ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
+    memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
+    original: Model | None = None  # the model as it came in, which no pass may change
     progress: Progress = silent
     seed: int = 0
     shapes_inferred: bool = False  # set by a group that infers shapes once for all its members

@@ -68,6 +68,7 @@ class PassManager:
         self.passes = tuple(passes)
         self.verify = verify
 
+    @rare_collections()
     def run(self, source: Source, context: Context | None = None, *, failure_folder: Path | None = None) -> Result:
         """Run the passes over a clone of `source`.
 
@@ -81,6 +82,7 @@ class PassManager:
         """
         original = model = load_model(source)
         context = context or Context()
+        context.original = original
         report = self._new_report(model, context)
         feeds, before = self._examine_input(model, context, report)
         context.frame = model.frame
@@ -90,11 +92,12 @@ class PassManager:
             context.progress(f"pass {item.name}", 0, 1)
             previous = model
             try:
-                model, record, before = self._run_one(item, previous, context, feeds, before)
+                model, record, warnings, before = self._run_one(item, previous, context, feeds, before)
             except GraphoptError as error:
                 raise _with_earlier_failure(error, report) from error
             context.progress(f"pass {item.name}", 1, 1)
             report.passes.append(record)
+            report.warnings += warnings
             if item.effect is Effect.LOSSY and not record.rewrites and record.failure is None:
                 report.warnings.append(f"pass {item.name} changed nothing" + (_SEE_SKIPPED if record.skipped else ""))
             if record.failure is not None and failure_folder is not None:
@@ -147,7 +150,7 @@ class PassManager:
 
     def _run_one(
         self, item: Pass, model: Model, context: Context, feeds: Sequence[Feed], before: Verdict | None
-    ) -> tuple[Model, PassRecord, Verdict | None]:
+    ) -> tuple[Model, PassRecord, tuple[str, ...], Verdict | None]:
         """Apply one pass to a clone; return the clone, or the model itself where the clone is not to be used."""
         candidate = model.copy()
         context.frame = candidate.frame
@@ -156,8 +159,7 @@ class PassManager:
         result = PassResult()
         after = before
         try:
-            with rare_collections():
-                result = item.apply(candidate.graph, context)
+            result = item.apply(candidate.graph, context)
             if before is not None and result.rewrites:
                 after = examine(candidate, feeds)
                 failure = judge(before, after, item.effect)
@@ -181,7 +183,7 @@ class PassManager:
             notes=result.notes,
             failure=failure,
         )
-        return final, record, after if is_kept else before
+        return final, record, result.warnings, after if is_kept else before
 
 
 def _with_earlier_failure(error: GraphoptError, report: Report) -> GraphoptError:

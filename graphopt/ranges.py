@@ -3,18 +3,28 @@
 The file is JSON for people too: a head that says where the ranges come from, then one tensor a line.
 
     {
-      "schema": 1,
+      "schema": 2,
       "graphopt": "0.1.0",
+      "model": "net.onnx",
+      "model_sha256": "9f86...",
       "data": "calib.npz",
+      "data_digest": "60a1...",
       "synthetic": false,
       "samples": 77,
+      "target": "ort-cpu",
+      "method": "entropy",
+      "percent": 99.99,
+      "shard": "",
       "tensors": {
         "conv_1": {"minimum": 0.0, "maximum": 5.5, "method": "entropy", "observed_minimum": 0.0, ...},
         ...
       }
     }
 
-`minimum` and `maximum` are what quantization uses, and may be edited; the rest is the evidence for them.
+`minimum` and `maximum` are what quantization uses, and may be edited; the rest is the evidence for them. With the
+histograms in it, another method can choose other ranges later (`rechosen`), and the files of shards of the data merge
+into that of all of it, exactly (`merged`): histograms, extremes and the data's digest are sums and extremes of those
+of the shards, whatever their order.
 """
 
 from __future__ import annotations
@@ -22,17 +32,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from graphopt.errors import DataError
+from graphopt.exact_histogram import ExactHistogram
 from graphopt.files import write_text_atomically
+from graphopt.histogram import Extremes, Histogram
+from graphopt.quantization import QuantType
+from graphopt.targets import Target
+from graphopt.thresholds import Method, choose_range
 from graphopt.version import VERSION
 
-SCHEMA = 1
+SCHEMA = 2
+DIGEST_BITS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +64,11 @@ class TensorRange:
     method: str  # that chose the range
     observed_minimum: float
     observed_maximum: float
-    mean: float | None  # of all values, to one part in 2048 of the largest; None where the method keeps no histogram
-    zero_fraction: float  # of the values, 0 to 1
+    mean: float | None  # None where only the extremes were observed
+    second_moment: float | None = None  # the mean of the squares
+    zeros: int | None  # how many of the values; None where nobody counted
     count: int  # of values over all samples
+    histogram: Histogram | None = None  # None where it was not kept
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -63,12 +81,19 @@ class TensorRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """The ranges of a model's tensors by name, and what data they were found with."""
+    """The ranges of a model's tensors by name, and what they were found with."""
 
     tensors: Mapping[str, TensorRange]
     source: str  # the data, for reports
     samples: int
     synthetic: bool  # made-up data, so no evidence of real ranges
+    model: str = ""  # the file's name
+    model_sha256: str = ""  # of that file; empty where the model is no file
+    data_digest: str = ""  # the samples' digests added up, so whatever their order; empty where nobody knows
+    target: str = ""
+    method: Method | None = None  # None: several, or another tool's
+    percent: float = 99.99  # for the method percentile
+    shard: str = ""  # "2/3" for the second of three parts of the data; empty for all of it
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all; an existing one is replaced.
@@ -76,16 +101,29 @@ class Ranges:
         Raises:
             OutputError: it cannot be written there.
         """
-        head = {
+        write_text_atomically(path, self.to_text())
+
+    def to_text(self) -> str:
+        """What `save` writes."""
+        lines = [f"  {_json(key)}: {_json(value)},\n" for key, value in self._head().items()]
+        tensors = ",\n".join(f"    {_json(name)}: {_json(_record(found))}" for name, found in self.tensors.items())
+        return "{\n" + "".join(lines) + '  "tensors": {\n' + tensors + "\n  }\n}\n"
+
+    def _head(self) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "graphopt": VERSION,
+            "model": self.model,
+            "model_sha256": self.model_sha256,
             "data": self.source,
+            "data_digest": self.data_digest,
             "synthetic": self.synthetic,
             "samples": self.samples,
+            "target": self.target,
+            "method": None if self.method is None else self.method.value,
+            "percent": self.percent,
+            "shard": self.shard,
         }
-        lines = [f"  {_json(key)}: {_json(value)},\n" for key, value in head.items()]
-        tensors = ",\n".join(f"    {_json(name)}: {_json(asdict(found))}" for name, found in self.tensors.items())
-        write_text_atomically(path, "{\n" + "".join(lines) + '  "tensors": {\n' + tensors + "\n  }\n}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ranges:
@@ -117,41 +155,135 @@ class Ranges:
         if schema != SCHEMA:
             raise ValueError(f"its schema is {schema}, and this version of graphopt reads {SCHEMA}")
         tensors = _value(content, "tensors", dict, where)
+        method = _value(content, "method", (str, NoneType), where)
         return cls(
-            tensors={name: _tensor_range(fields, f"tensor '{name}'") for name, fields in tensors.items()},
+            tensors={name: _tensor_range(record, f"tensor '{name}'") for name, record in tensors.items()},
             source=_value(content, "data", str, where),
             samples=_value(content, "samples", int, where),
             synthetic=_value(content, "synthetic", bool, where),
+            model=_value(content, "model", str, where),
+            model_sha256=_value(content, "model_sha256", str, where),
+            data_digest=_value(content, "data_digest", str, where),
+            target=_value(content, "target", str, where),
+            method=None if method is None else Method(method),
+            percent=float(_value(content, "percent", _NUMBER, where)),
+            shard=_value(content, "shard", str, where),
         )
+
+    def rechosen(self, method: Method, *, percent: float, target: Target) -> Ranges:
+        """The ranges that another method finds in the histograms, for the activations of a target.
+
+        Raises:
+            DataError: a tensor has no histogram, which only minmax can do without, or the method depends on the order
+                of the samples.
+        """
+        if not method.merges:
+            raise DataError(f"{method.value} depends on the order of the samples: calibrate again with it")
+        tensors = {
+            name: range_of(
+                seen_of(found, method, f"tensor {name}"),
+                method,
+                percent=percent,
+                quant_type=target.activation,
+                keep=found.histogram is not None,
+            )
+            for name, found in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, method=method, percent=percent, target=target.name)
+
+
+def range_of(seen: Extremes, method: Method, *, percent: float, quant_type: QuantType, keep: bool) -> TensorRange:
+    """The range that a method chooses for what was seen of a tensor, with the evidence.
+
+    Args:
+        seen: at least one value.
+        method: how to choose; its `statistics` are what `seen` must be.
+        percent: for the method percentile.
+        quant_type: of the quantized tensor.
+        keep: whether the histogram goes along.
+    """
+    minimum, maximum, chosen = choose_range(seen, method, quant_type, percent=percent)
+    histogram = seen if isinstance(seen, Histogram) else None
+    return TensorRange(
+        minimum=minimum,
+        maximum=maximum,
+        method=chosen.value,
+        observed_minimum=seen.minimum,
+        observed_maximum=seen.maximum,
+        mean=None if histogram is None else histogram.mean,
+        second_moment=None if histogram is None else histogram.second_moment,
+        zeros=seen.zeros,
+        count=seen.count,
+        histogram=histogram if keep else None,
+    )
+
+
+def added_digests(digests: Iterable[str]) -> str:
+    """The digest of samples from those of its parts; empty where one of them is unknown."""
+    known = list(digests)
+    if not all(known):
+        return ""
+    return f"{sum(int(digest, 16) for digest in known) % 2**DIGEST_BITS:0{DIGEST_BITS // 4}x}"
+
+
+def seen_of(found: TensorRange, method: Method, where: str) -> Extremes:
+    """What was seen of a tensor, as far as `method` needs it; a histogram is a copy.
+
+    Raises:
+        DataError: there is no histogram.
+    """
+    if found.histogram is not None:
+        copy = type(found.histogram)()
+        copy.merge(found.histogram)
+        return copy
+    if method.statistics().needs_values:
+        raise DataError(f"{where} has no histogram: calibrate with histograms=true to keep it")
+    seen = Extremes()
+    seen.add_extremes(found.observed_minimum, found.observed_maximum, found.count)
+    seen.zeros = found.zeros
+    return seen
 
 
 _NUMBER = (int, float)
 
 
-def _tensor_range(fields: Any, where: str) -> TensorRange:
+def _record(found: TensorRange) -> dict[str, Any]:
+    record = {each.name: getattr(found, each.name) for each in fields(found)}
+    histogram = record.pop("histogram")
+    return record if histogram is None else record | {"histogram": histogram.to_json()}
+
+
+def _tensor_range(record: Any, where: str) -> TensorRange:
     values = {
-        "minimum": float(_value(fields, "minimum", _NUMBER, where)),
-        "maximum": float(_value(fields, "maximum", _NUMBER, where)),
-        "method": _value(fields, "method", str, where),
-        "observed_minimum": float(_value(fields, "observed_minimum", _NUMBER, where)),
-        "observed_maximum": float(_value(fields, "observed_maximum", _NUMBER, where)),
-        "mean": _value(fields, "mean", (*_NUMBER, NoneType), where),
-        "zero_fraction": float(_value(fields, "zero_fraction", _NUMBER, where)),
-        "count": _value(fields, "count", int, where),
+        "minimum": float(_value(record, "minimum", _NUMBER, where)),
+        "maximum": float(_value(record, "maximum", _NUMBER, where)),
+        "method": _value(record, "method", str, where),
+        "observed_minimum": float(_value(record, "observed_minimum", _NUMBER, where)),
+        "observed_maximum": float(_value(record, "observed_maximum", _NUMBER, where)),
+        "mean": _value(record, "mean", (*_NUMBER, NoneType), where),
+        "second_moment": _value(record, "second_moment", (*_NUMBER, NoneType), where),
+        "zeros": _value(record, "zeros", (int, NoneType), where),
+        "count": _value(record, "count", int, where),
     }
     try:
-        return TensorRange(**values)
+        found = TensorRange(**values)
+        if "histogram" not in record:
+            return found
+        extremes = seen_of(found, Method.MINMAX, where)
+        stored = _value(record, "histogram", dict, where)
+        kind = ExactHistogram if "total" in stored else Histogram
+        return replace(found, histogram=kind.from_json(stored, extremes))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _value(fields: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """`fields[key]`, if it is there and of one of `kinds`."""
-    if not isinstance(fields, dict):
+def _value(record: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+    """`record[key]`, if it is there and of one of `kinds`."""
+    if not isinstance(record, dict):
         raise ValueError(f"{where} is not an object with names and values")
-    if key not in fields:
+    if key not in record:
         raise ValueError(f'{where} has no "{key}"')
-    value = fields[key]
+    value = record[key]
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise ValueError(f'"{key}" of {where} cannot be {_json(value)}')
     return value

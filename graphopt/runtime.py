@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
 import re
 import statistics
 import tempfile
@@ -102,6 +105,7 @@ def open_session(
     optimize: bool = True,
     extra_outputs: Sequence[str] = (),
     copy_weights: bool = True,
+    plan_memory: bool = True,
 ) -> Session:
     """Open a session on the CPU.
 
@@ -113,6 +117,7 @@ def open_session(
         extra_outputs: tensors of the main graph to return as outputs too.
         copy_weights: whether onnxruntime may copy the weights, packed for its kernels. If not, it reads those of a
             model of 256 MB and more where they are, as inputs, and rewrites nothing: slower, in half the memory.
+        plan_memory: whether each run takes one block for all its tensors, which stays until the last of them is freed.
 
     Raises:
         ModelError: onnxruntime refuses the model, or it has no tensor of a name in `extra_outputs`.
@@ -120,7 +125,20 @@ def open_session(
     """
     if not copy_weights and isinstance(model, Model) and model.nbytes >= _LEAST_FED:
         return _open_with_weights_as_inputs(model, _options(threads, optimize=False), extra_outputs)
-    return _open(model, _options(threads, optimize), extra_outputs)
+    options = _options(threads, optimize)
+    options.enable_mem_pattern = plan_memory
+    return _open(model, options, extra_outputs)
+
+
+def release_free_memory() -> None:
+    """Give memory back to the system that is not used any more: what passes and the opening of sessions leave.
+
+    Collects garbage, which `rare_collections` puts off, and has the C library (glibc) return what it keeps.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def arrays_in(output: Any) -> list[Array]:

@@ -51,6 +51,12 @@ def at_assumed_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> tuple[g
     return best.graph, best.assumed
 
 
+def tensors_at(graph: gs.Graph, shapes: Mapping[str, Shape]) -> dict[str, gs.Tensor]:
+    """Return copies of all tensors by name, with what shape inference finds when the inputs have these shapes."""
+    sized = _with_input_shapes(graph, shapes)
+    return {tensor.name: tensor for tensor in (*sized.inputs, *_computed(sized))}
+
+
 class _Sized(NamedTuple):
     graph: gs.Graph
     assumed: dict[str, Shape]

@@ -6,31 +6,35 @@ observed: `graphopt.observe`; how a range follows from it: `graphopt.thresholds`
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from graphopt.data_checks import DataChecks
+from graphopt.data_free import BOTH, MADE_UP, STORED, ranges_without_data
 from graphopt.errors import PipelineError
-from graphopt.histogram import Extremes, Histogram
+from graphopt.exact_histogram import ExactHistogram
+from graphopt.histogram import Histogram
+from graphopt.input_checks import input_warnings
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.placement import place
-from graphopt.ranges import Ranges, TensorRange
+from graphopt.ranges import Ranges, range_of
 from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
-from graphopt.thresholds import Method, choose_range
+from graphopt.thresholds import Method
 
-DEFAULT_METHOD = Method.MSE
-FEW_SAMPLES = 32
-"""Fewer are warned about."""
+DEFAULT_METHOD = Method.AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Pass):
-    """Find the ranges of activations from samples; without data from synthetic inputs, which mean little."""
+    """Find the ranges of activations from samples; without any from stored statistics and made-up inputs."""
 
     name: ClassVar[str] = "calibrate"
     effect: ClassVar[Effect] = Effect.EXACT
@@ -39,6 +43,14 @@ class Calibrate(Pass):
     percent: float = field(
         default=99.99,
         metadata={"help": "for the method percentile: the share of the values that is not clipped"},
+    )
+    histograms: bool = field(
+        default=False,
+        metadata={"help": "keep the histograms in the ranges file, to merge or to choose anew"},
+    )
+
+    moments: bool = field(
+        default=False, metadata={"help": "exact mean and mean square, not to half a bin: a third more time"}
     )
 
     def __post_init__(self) -> None:
@@ -56,40 +68,72 @@ class Calibrate(Pass):
         model = Model(graph, context.frame)
         infer_shapes(graph)
         tensors = place(graph, context.target).observed
-        samples = context.samples
-        if samples is None:
-            samples = made_up_samples(open_session(model), seed=context.seed)
-        observation = observe(model, tensors, samples, self.method.statistics, progress=context.progress)
-        symmetric = context.target.activation.symmetric
+        if context.samples is None or self.method is Method.DATA_FREE:
+            return self._without_data(model, tensors, context)
+        samples, original = context.samples, context.original or model
+        checks = DataChecks(samples)
+        observation = observe(
+            model,
+            tensors,
+            checks.samples,
+            ExactHistogram if self.moments and self.method.statistics is Histogram else self.method.statistics,
+            progress=context.progress,
+            memory_budget=context.memory_budget,
+        )
         context.ranges = Ranges(
-            tensors={name: self._range(seen, symmetric) for name, seen in observation.statistics.items()},
+            tensors={
+                name: range_of(
+                    seen, self.method, percent=self.percent, quant_type=context.target.activation, keep=self.histograms
+                )
+                for name, seen in observation.statistics.items()
+            },
             source=samples.description,
             samples=observation.samples,
             synthetic=samples.synthetic,
+            data_digest=checks.digest,
+            target=context.target.name,
+            method=self.method,
+            percent=self.percent,
         )
         return PassResult(
-            parts={"tensors": len(context.ranges.tensors)},
+            parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
             skipped=observation.skipped,
-            notes=_notes(context.ranges),
+            notes=observation.notes,
+            warnings=() if samples.synthetic else (*input_warnings(original, samples), *checks.warnings()),
         )
 
-    def _range(self, seen: Extremes, symmetric: bool) -> TensorRange:
-        minimum, maximum = choose_range(seen, self.method, percent=self.percent, symmetric=symmetric)
-        return TensorRange(
-            minimum=minimum,
-            maximum=maximum,
-            method=self.method.value,
-            observed_minimum=seen.minimum,
-            observed_maximum=seen.maximum,
-            mean=seen.mean if isinstance(seen, Histogram) else None,
-            zero_fraction=seen.zeros / seen.count,
-            count=seen.count,
+    def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:
+        samples = made_up_samples(open_session(model), seed=context.seed)
+        found, skipped = ranges_without_data(
+            context.original or model,
+            model,
+            tensors,
+            samples,
+            progress=context.progress,
+            memory_budget=context.memory_budget,
+        )
+        context.ranges = Ranges(
+            tensors=found,
+            source=samples.description,
+            samples=samples.count or 0,
+            synthetic=True,
+            target=context.target.name,
+            method=Method.DATA_FREE,
+        )
+        counts = Counter(each.method for each in found.values())
+        return PassResult(
+            parts={"tensors": len(found), **counts},
+            skipped=skipped,
+            notes=(_sources_of(counts),),
         )
 
+    def _chosen(self, ranges: Ranges) -> Counter[str]:
+        """How many tensors got their range by which method, where that is not the same for all."""
+        return Counter(found.method for found in ranges.tensors.values() if self.method is Method.AUTO)
 
-def _notes(ranges: Ranges) -> tuple[str, ...]:
-    if ranges.synthetic:
-        return (f"no data were given: the ranges come from {ranges.samples} made-up inputs; use --data",)
-    if ranges.samples < FEW_SAMPLES:
-        return (f"the ranges come from {ranges.samples} samples; from {FEW_SAMPLES} on they are steadier",)
-    return ()
+
+def _sources_of(counts: Counter[str]) -> str:
+    return (
+        f"data-free: {counts[STORED]} ranges come from statistics stored in BatchNormalization, {counts[BOTH]} from "
+        f"these and made-up inputs, {counts[MADE_UP]} from made-up inputs alone; use --data"
+    )

@@ -36,6 +36,7 @@ from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.placement import Edge, Placement, node_label, place
 from graphopt.quantization import QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
+from graphopt.ranges_files import unmatched_names
 from graphopt.shapes import infer_shapes
 from graphopt.targets import Target
 
@@ -80,6 +81,8 @@ class InsertQdq(Pass):
         if quantized := [node for node in graph.nodes if node.op == "QuantizeLinear"]:
             raise PipelineError(f"the model is quantized already ({len(quantized)} QuantizeLinear nodes)")
         infer_shapes(graph)
+        names = {tensor.name for node in graph.nodes for tensor in (*node.inputs, *node.outputs)}
+        unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
         placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
         if not placement.nodes:
@@ -97,6 +100,7 @@ class InsertQdq(Pass):
                 "weights": len(placement.weights),
             },
             notes=(*((note,) if note else ()), *(target.notes if target is context.target else ())),
+            warnings=(unmatched,) if unmatched else (),
         )
 
     def _options_on(self, target: Target) -> Target:

@@ -9,7 +9,6 @@ from graphopt.model_io import load_model
 from graphopt.pass_base import Context, Effect
 from graphopt.passes.calibrate import DEFAULT_METHOD, Calibrate
 from graphopt.placement import place
-from graphopt.ranges import Ranges
 from graphopt.targets import target_named
 from graphopt.thresholds import Method
 
@@ -43,7 +42,7 @@ def test_the_ranges_of_what_the_target_quantizes_go_into_the_context():
     assert result.parts == {"tensors": 3}
     positive = context.ranges.tensors["positive"]
     assert (positive.minimum, positive.maximum, positive.method) == (0, 4, "minmax")
-    assert (positive.count, positive.zero_fraction) == (6, 4 / 6)
+    assert (positive.count, positive.zeros) == (6, None)
     assert (context.ranges.source, context.ranges.samples, context.ranges.synthetic) == ("rows.npz", 3, False)
 
 
@@ -68,10 +67,11 @@ def test_each_method_is_recorded_with_what_was_observed(method):
     context = context_with(many_rows(), target="ort-cpu")
     Calibrate(method=method).apply(graph_of(), context)
     found = context.ranges.tensors["positive"]
-    assert found.method == method.value
-    assert found.minimum == found.observed_minimum == 0
-    assert 0 < found.maximum <= found.observed_maximum
-    assert (found.mean is None) == (method is Method.MINMAX)
+    assert found.method in {Method.AUTO: ["mse", "minmax"], Method.DATA_FREE: ["made-up"]}.get(method, [method.value])
+    assert found.observed_minimum == 0
+    assert 0 <= found.minimum < found.maximum <= found.observed_maximum
+    assert (found.mean is None) == (not method.statistics.needs_values)
+    assert (context.ranges.method, context.ranges.target) == (method, "ort-cpu")
 
 
 def test_the_share_that_percentile_keeps_is_an_option():
@@ -95,7 +95,7 @@ def test_without_data_made_up_inputs_are_used_and_a_note_says_so():
     result = Calibrate().apply(graph_of(), context)
     assert context.ranges.synthetic
     assert context.ranges.samples == 32
-    assert result.notes == ("no data were given: the ranges come from 32 made-up inputs; use --data",)
+    assert result.notes[0].startswith("data-free: 0 ranges come from statistics stored in BatchNormalization")
 
 
 @pytest.mark.parametrize("least", [20, 1000])
@@ -134,12 +134,12 @@ def test_the_seed_decides_what_is_made_up():
 
 
 def test_few_samples_are_noted_and_enough_are_not():
-    assert "3 samples" in Calibrate().apply(graph_of(), context_with()).notes[0]
-    assert Calibrate().apply(graph_of(), context_with(many_rows()[:32])).notes == ()
+    assert "3 samples" in Calibrate().apply(graph_of(), context_with()).warnings[0]
+    assert Calibrate().apply(graph_of(), context_with(many_rows()[:32])).warnings == ()
 
 
 def test_values_that_are_not_finite_are_refused():
-    with pytest.raises(DataError, match=r"tensor x is NaN in sample 1 \(counted from 0\)"):
+    with pytest.raises(DataError, match=r"input x has NaN in sample 1 \(counted from 0\)"):
         Calibrate().apply(graph_of(), context_with([[0, 1], [np.nan, 1]], target="ort-cpu"))
 
 
@@ -157,7 +157,7 @@ def test_a_graph_with_nothing_to_quantize_gets_empty_ranges():
     context = context_with()
     graph = graph_of('<ir_version: 8, opset_import: ["" : 17]> g (float[N, 2] x) => (float[N, 2] y) { y = Relu (x) }')
     Calibrate().apply(graph, context)
-    assert context.ranges == Ranges(tensors={}, source="rows.npz", samples=3, synthetic=False)
+    assert (context.ranges.tensors, context.ranges.source, context.ranges.samples) == ({}, "rows.npz", 3)
 
 
 def test_inputs_with_a_default_value_need_no_sample():

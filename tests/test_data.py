@@ -459,12 +459,6 @@ class TestPaths:
         with refused("not a kind of data that graphopt reads: give an .npz, a folder of .npz"):
             load_samples(tmp_path / "x.npy", ROWS)
 
-    def test_refuses_a_folder_of_images_and_says_how_to_make_an_npz(self, tmp_path: Path) -> None:
-        (tmp_path / "cat").mkdir()
-        (tmp_path / "cat" / "1.JPG").touch()
-        with refused("images is not supported yet: preprocess them and write an .npz", "'input': array"):
-            load_samples(tmp_path, IMAGES)
-
     def test_refuses_a_folder_without_data(self, tmp_path: Path) -> None:
         (tmp_path / "readme.txt").touch()
         with refused("holds no data that graphopt reads"):

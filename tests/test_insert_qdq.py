@@ -33,7 +33,7 @@ def range_of(minimum, maximum):
         observed_minimum=minimum,
         observed_maximum=maximum,
         mean=None,
-        zero_fraction=0.0,
+        zeros=0,
         count=1,
     )
 

@@ -7,10 +7,11 @@ import pytest
 from onnx import helper
 
 from graphopt.errors import DataError, ModelError
-from graphopt.feeds import Samples
+from graphopt.feeds import Samples, SourcedFeed
 from graphopt.histogram import Extremes, Histogram
 from graphopt.model_io import load_model
 from graphopt.observe import observe
+from graphopt.runtime import Session
 
 CHAIN = """
     <ir_version: 8, opset_import: ["" : 17]>
@@ -72,7 +73,7 @@ def test_progress_is_told_after_every_sample():
         Extremes,
         progress=lambda what, done, total: told.append((what, done, total)),
     )
-    assert told == [("calibrate", 0, 2), ("calibrate", 1, 2), ("calibrate", 2, 2)]
+    assert told == [("calibrate 1 tensors", done, 2) for done in range(3)]
 
 
 def test_samples_are_read_one_at_a_time_and_no_thread_is_left():
@@ -86,7 +87,7 @@ def test_samples_are_read_one_at_a_time_and_no_thread_is_left():
     before = threading.active_count()
     observation = observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), Histogram)
     assert observation.samples == 20
-    assert max(alive) <= before + 1
+    assert max(alive) <= before + 2
     assert threading.active_count() == before
 
 
@@ -204,3 +205,130 @@ def test_other_float_types_are_observed(dtype):
 def test_nothing_to_observe_still_counts_the_samples():
     observation = observe(model_of(CHAIN), [], samples_of([[1, 2, 3]]), Histogram)
     assert (observation.samples, observation.statistics) == (1, {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float", "double"])
+def test_extremes_reduced_inside_the_graph_are_those_of_the_values(dtype):
+    model = model_of(f"""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => ({dtype}[N] y)
+        {{ y = Cast <to = {onnx.TensorProto.DataType.Value(dtype.upper())}> (x) }}
+    """)
+    feeds = [np.random.default_rng(number).standard_normal(50).astype(np.float32) for number in range(3)]
+    reduced = observe(model, ["x", "y"], samples_of(*feeds), Extremes).statistics
+    taken_in = observe(model, ["x", "y"], samples_of(*feeds), Histogram).statistics
+    for name in ("x", "y"):
+        one, other = reduced[name], taken_in[name]
+        assert (one.minimum, one.maximum, one.count) == (other.minimum, other.maximum, other.count)
+
+
+@pytest.mark.parametrize(("bad", "name"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_extremes_of_values_that_are_not_finite_are_refused(bad, name, place):
+    feeds = [np.ones((1, 3)) for _ in range(3)]
+    feeds[place][0, 1] = bad
+    with pytest.raises(DataError, match=rf"tensor doubled is {name} in sample {place} \(counted from 0\)"):
+        observe(model_of(CHAIN), ["doubled", "x"], samples_of(*feeds), Extremes)
+
+
+def test_extremes_need_values_and_a_floating_point_type():
+    model = model_of("""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[M] y, int64[1] shape)
+        <int64[1] zero = {0}, int64[1] two = {2}> { shape = Shape (x)  y = Slice (x, two, shape) }
+    """)
+    observation = observe(model, ["y", "shape"], samples_of([1, 2]), Extremes)
+    assert {skip.where: skip.reason for skip in observation.skipped} == {
+        "y": "it has no values in any sample",
+        "shape": "its values are int64: only floating-point tensors are quantized",
+    }
+    assert observe(model, ["y"], samples_of([1, 2], [3, 4, 5]), Extremes).statistics["y"].count == 1
+
+
+def test_a_memory_budget_divides_the_tensors_into_groups_and_changes_nothing_else():
+    rng = np.random.default_rng(0)
+    feeds = [rng.standard_normal((1, 3)).astype(np.float32) for _ in range(5)]
+    names = ["x", "doubled", "positive", "y"]
+    whole = observe(model_of(CHAIN), names, samples_of(*feeds), Histogram)
+    told = set()
+    divided = observe(
+        model_of(CHAIN),
+        names,
+        samples_of(*feeds),
+        Histogram,
+        memory_budget=48,  # two samples of two tensors of three floats
+        progress=lambda what, done, total: told.add(what),
+    )
+    assert whole.notes == ()
+    assert "ran 2 times, for a group of tensors each, to keep to 0 MiB of activations" in divided.notes[0]
+    assert {what.partition(",")[2].partition(", ")[2] for what in told} == {"run 1 of 2", "run 2 of 2"}
+    for name in names:
+        assert np.array_equal(whole.statistics[name].counts, divided.statistics[name].counts)
+    tiny = observe(model_of(CHAIN), names, samples_of(*feeds), Histogram, memory_budget=1)
+    assert "ran 4 times" in tiny.notes[0] and "the largest tensor alone took" in tiny.notes[0]
+
+
+def test_a_tensor_whose_size_only_a_run_shows_counts_in_the_budget():
+    model = model_of("""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[N] x, int64[1] end) => (float[M] y)
+        <int64[1] zero = {0}> { some = Slice (x, zero, end)  y = Relu (some) }
+    """)
+    feed = {"x": np.ones(10, np.float32), "end": np.array([6])}
+    observation = observe(model, ["some", "y"], samples_of(feed), Histogram, memory_budget=48)
+    assert "ran 2 times" in observation.notes[0]
+    assert observation.statistics["y"].count == 6
+
+
+BATCHED = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 3] x) => (float[N, 3] y) <float[3, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9}>
+    { a = MatMul (x, w)  y = Relu (a) }
+"""
+MIXED = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 3] x) => (float[N, 3] y) { a = ReduceMean <axes = [0], keepdims = 1> (x)  y = Sub (x, a) }
+"""
+
+
+@pytest.mark.parametrize(("text", "joined"), [(BATCHED, True), (MIXED, False), (CHAIN.replace("[N", "[1"), False)])
+def test_samples_are_joined_only_where_that_gives_the_same_bits(text, joined, monkeypatch):
+    calls = []
+    run = Session.run_without_copies
+    monkeypatch.setattr(Session, "run_without_copies", lambda *given: calls.append(given[1]) or run(*given))
+    feeds = [np.full((1, 3), value, np.float32) for value in range(20)]
+    seen = observe(model_of(text), ["y"], samples_of(*feeds), Histogram).statistics["y"]
+    assert seen.count == 60
+    assert (len(calls) < 20) == joined
+
+
+def test_samples_of_other_shapes_are_not_joined_with_their_neighbours():
+    feeds = [np.ones((1, 3)), np.ones((1, 3)), np.ones((2, 3)), np.ones((1, 3))]
+    observation = observe(model_of(BATCHED), ["x", "y"], samples_of(*feeds), Histogram)
+    assert observation.samples == 4
+    assert observation.statistics["y"].count == 15
+
+
+def test_a_wrong_value_in_a_batch_names_its_sample():
+    feeds = [SourcedFeed({"x": np.full((1, 3), 1.0, np.float32)}, f"feeds/{number}.npz") for number in range(9)]
+    feeds[6]["x"][0, 2] = 3e38
+    with pytest.raises(DataError, match=r"tensor a is infinite in feeds/6\.npz: leave that sample out"):
+        observe(model_of(BATCHED), ["a"], samples_of(*feeds), Histogram)
+
+
+def test_an_error_of_the_source_ends_the_threads():
+    def feeds():
+        yield {"x": np.ones((1, 3), np.float32)}
+        yield {"x": np.ones((1, 3), np.float32)}
+        raise DataError("the disk is gone")
+
+    before = threading.active_count()
+    with pytest.raises(DataError, match="the disk is gone"):
+        observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), Histogram)
+    assert threading.active_count() == before
+
+
+def test_extremes_of_bfloat16_are_observed_though_its_values_cannot_leave_onnxruntime():
+    model = model_of("""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y)
+        { half = Cast <to = 16> (x)  y = Cast <to = 1> (half) }
+    """)
+    seen = observe(model, ["half"], samples_of([-1.5, 0.25, 3]), Extremes).statistics["half"]
+    assert (seen.minimum, seen.maximum, seen.count) == (-1.5, 3, 3)

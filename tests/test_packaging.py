@@ -33,7 +33,11 @@ def test_type_checkers_of_users_find_the_types():
 
 def test_every_library_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in project["dependencies"]}
+    libraries_of_users = [
+        *project["dependencies"],
+        *(each for extra in ("images", "dask") for each in project["optional-dependencies"][extra]),
+    ]
+    declared = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in libraries_of_users}
     imported = set()
     for path in [*(ROOT / "graphopt").rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -41,7 +45,7 @@ def test_every_library_that_is_imported_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
-    called = {"google": "protobuf"}  # modules that are not called like their package
+    called = {"google": "protobuf", "PIL": "pillow"}  # modules that are not called like their package
     libraries = imported - set(sys.stdlib_module_names) - {"graphopt"}
     assert {called.get(name, name) for name in libraries} == declared
 
@@ -61,9 +65,11 @@ def test_the_public_names_are_these():
         "Pass",
         "PassManager",
         "PassResult",
+        "Preprocess",
         "Result",
         "Skip",
         "__version__",
+        "calibrate",
         "check",
         "inspect",
         "optimize",
@@ -79,6 +85,6 @@ def test_nothing_called_passes_is_installed_at_the_top_level(tmp_path):
 
 
 def test_importing_graphopt_leaves_heavy_libraries_out():
-    code = "import sys, graphopt; print([name for name in ('torch', 'scipy', 'pandas') if name in sys.modules])"
+    code = "import sys, graphopt; print([name for name in ('torch', 'scipy', 'pandas', 'PIL') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.histogram import Extremes, Histogram
-from graphopt.quantization import INT8_SYMMETRIC, UINT8, params_of_range
+from graphopt.histogram import Extremes, Histogram, MovingAverage
+from graphopt.quantization import INT8_SYMMETRIC, UINT8, QuantType, params_of_range
 from graphopt.thresholds import Method, choose_range, entropy, mse, percentile
 
 
@@ -92,6 +92,18 @@ def test_entropy_is_the_plain_algorithm_on_any_counts(counts, first_empty):
     assert entropy(counts, 1.0) == plain_entropy(counts)
 
 
+@pytest.mark.slow
+def test_entropy_is_the_plain_algorithm_on_a_thousand_generated_histograms():
+    rng = np.random.default_rng(1)
+    for number in range(1000):
+        size = 2048 if number % 200 == 0 else int(rng.integers(129, 400))
+        draws = [rng.standard_normal, rng.standard_exponential, rng.random, lambda n: rng.standard_t(1.5, n)]
+        values = np.abs(draws[number % 4](int(10 ** rng.uniform(0.5, 5)))) * 10.0 ** rng.uniform(-3, 3)
+        values[rng.random(len(values)) < rng.choice([0, 0.3, 0.9])] = 0
+        counts = np.histogram(values, size, (0, max(values.max(), 1e-9)))[0]
+        assert entropy(counts, 1.0) == plain_entropy(counts), number
+
+
 def test_entropy_leaves_the_counts_alone():
     counts = shaped_counts("relu", 200)
     before = counts.copy()
@@ -120,7 +132,7 @@ def test_entropy_keeps_the_full_range_where_there_is_nothing_to_choose(counts):
 
 def test_entropy_clips_rare_outliers_of_a_gaussian():
     values = np.append(np.random.default_rng(0).standard_normal(1_000_000), [30, -30])
-    low, high = choose_range(histogram_of(values), Method.ENTROPY)
+    low, high, _ = choose_range(histogram_of(values), Method.ENTROPY, UINT8)
     assert 4 < high < 7
     assert low == max(-high, values.min())
 
@@ -128,7 +140,7 @@ def test_entropy_clips_rare_outliers_of_a_gaussian():
 def test_minmax_clips_nothing():
     extremes = Extremes()
     extremes.add(np.array([-1, 0, 30], np.float32))
-    assert choose_range(extremes, Method.MINMAX) == (-1, 30)
+    assert choose_range(extremes, Method.MINMAX, UINT8) == (-1, 30, Method.MINMAX)
 
 
 @pytest.mark.parametrize("method", Method)
@@ -139,14 +151,14 @@ def test_minmax_clips_nothing():
 )
 def test_no_method_goes_beyond_the_values_observed(method, symmetric, values):
     histogram = histogram_of(values)
-    low, high = choose_range(histogram, method, symmetric=symmetric)
+    low, high, _ = choose_range(histogram, method, INT8_SYMMETRIC if symmetric else UINT8)
     assert histogram.minimum <= low <= high <= histogram.maximum
 
 
 @pytest.mark.parametrize("method", [Method.ENTROPY, Method.PERCENTILE, Method.MSE])
 def test_a_relu_keeps_zero_as_its_lower_end(method):
     values = np.maximum(np.random.default_rng(0).standard_normal(10_000), 0)
-    low, high = choose_range(histogram_of(values), method)
+    low, high, _ = choose_range(histogram_of(values), method, UINT8)
     assert low == 0
     assert 2 < high <= values.max()
 
@@ -154,16 +166,16 @@ def test_a_relu_keeps_zero_as_its_lower_end(method):
 @pytest.mark.parametrize("method", Method)
 def test_no_values_have_no_range(method):
     with pytest.raises(ValueError, match="no range of no values"):
-        choose_range(Histogram(), method)
+        choose_range(Histogram(), method, UINT8)
 
 
-@pytest.mark.parametrize("method", [method for method in Method if method is not Method.MINMAX])
-def test_bare_extremes_suffice_for_minmax_only(method):
-    assert method.statistics is Histogram
+@pytest.mark.parametrize("method", [method for method in Method if method.statistics is not Extremes])
+def test_bare_extremes_suffice_for_few_methods(method):
+    assert issubclass(method.statistics, Histogram | MovingAverage)
     extremes = Extremes()
     extremes.add(np.ones(3, np.float32))
-    with pytest.raises(TypeError, match=f"{method.value} needs a histogram"):
-        choose_range(extremes, method)
+    with pytest.raises(TypeError, match=f"{method.value} needs {method.statistics.__name__}"):
+        choose_range(extremes, method, UINT8)
 
 
 @pytest.mark.parametrize(("percent", "edge"), [(0.1, 1), (50, 1), (50.1, 2), (75, 2), (99, 4), (100, 4)])
@@ -173,7 +185,7 @@ def test_percentile_is_the_first_edge_with_enough_values_below(percent, edge):
 
 def test_percentile_clips_the_share_that_it_is_given():
     values = np.random.default_rng(0).standard_normal(100_000)
-    low, high = choose_range(histogram_of(values), Method.PERCENTILE, percent=99.0)
+    low, high, _ = choose_range(histogram_of(values), Method.PERCENTILE, UINT8, percent=99.0)
     assert np.mean((values < low) | (values > high)) == pytest.approx(0.01, abs=5e-4)
 
 
@@ -193,7 +205,7 @@ def test_mse_finds_a_range_with_nearly_the_least_error(shape, quant_type):
         "outliers": np.append(rng.standard_normal(20_000), [9, -12]),
         "relu": np.maximum(rng.standard_normal(20_000), 0),
     }[shape].astype(np.float32)
-    low, high = choose_range(histogram_of(values), Method.MSE, symmetric=quant_type.symmetric)
+    low, high, _ = choose_range(histogram_of(values), Method.MSE, quant_type)
     fractions = np.linspace(0.2, 1, 25)
     best = min(
         squared_error(values, a * values.min(), b * values.max(), quant_type) for a in fractions for b in fractions
@@ -205,6 +217,36 @@ def test_mse_finds_a_range_with_nearly_the_least_error(shape, quant_type):
 def test_mse_clips_one_side_alone_where_only_that_side_has_outliers():
     values = np.append(np.random.default_rng(0).random(1_000_000) - 0.5, 5)
     histogram = histogram_of(values)
-    low, high = mse(histogram.counts, histogram.width, symmetric=False)
+    low, high = mse(histogram.counts, histogram.width, UINT8)
     assert low == pytest.approx(-0.5, abs=0.02)
     assert 0.5 <= high < 2
+
+
+def test_auto_clips_less_than_mse_and_says_which_of_the_two_ends_it_came_to():
+    values = np.concatenate((np.random.default_rng(0).standard_normal(20_000), [9.0]))
+    mse_low, mse_high, _ = choose_range(histogram_of(values), Method.MSE, UINT8)
+    low, high, method = choose_range(histogram_of(values), Method.AUTO, UINT8)
+    assert method is Method.MSE
+    assert low <= mse_low and mse_high < high < 9
+    uniform = histogram_of(np.linspace(-1, 1, 1001))
+    assert choose_range(uniform, Method.AUTO, UINT8) == (-1, 1, Method.MINMAX)
+
+
+def test_a_type_of_more_steps_clips_less():
+    values = np.random.default_rng(0).standard_normal(20_000)
+    fine = QuantType(np.dtype(np.uint16), 0, 65535, symmetric=False)
+    low, high, _ = choose_range(histogram_of(values), Method.MSE, UINT8)
+    fine_low, fine_high, _ = choose_range(histogram_of(values), Method.MSE, fine)
+    assert fine_low < low and high < fine_high
+
+
+def test_a_moving_average_favours_the_last_samples():
+    seen = MovingAverage()
+    for sample in range(3):
+        seen.add_extremes(-float(sample), float(10 * sample), 5)
+    assert (seen.minimum, seen.maximum, seen.count) == (-2, 20, 15)
+    low, high, method = choose_range(seen, Method.MOVING_AVERAGE, UINT8)
+    assert (low, high) == pytest.approx((-0.0299, 0.299))
+    assert method is Method.MOVING_AVERAGE
+    with pytest.raises(TypeError, match="do not merge"):
+        seen.merge(MovingAverage())

@@ -16,10 +16,12 @@ from graphopt.compare import OutputComparison
 from graphopt.inspection import Inspection, Interface
 from graphopt.pass_base import Pass, Skip
 from graphopt.pipeline import options_of
+from graphopt.ranges import Ranges
 from graphopt.report.records import Report
 
 _SKIP_GROUPS = 12
 _LAYERS = 20
+_RANGES = 30
 _NO_DIFFERENCE = 0.005  # shown as such: it rounds to a ratio of 1.00
 
 
@@ -161,6 +163,29 @@ def print_passes(registry: Mapping[str, type[Pass]], console: Console) -> None:
             )
         if options.rows:
             console.print(Padding(options, (0, 0, 0, 4)))
+
+
+def print_ranges(ranges: Ranges, console: Console) -> None:
+    """The ranges of the first tensors and how these were chosen."""
+    made_up = ", made up" if ranges.synthetic else ""
+    shard = f", shard {ranges.shard}" if ranges.shard else ""
+    title = f"ranges of {len(ranges.tensors)} tensors for {ranges.target}, {ranges.samples} samples"
+    table = Table(title=f"{title} ({escape(ranges.source)}{made_up}{shard})", title_justify="left", title_style="bold")
+    table.add_column("tensor", overflow="fold", min_width=30)
+    for column in ("minimum", "maximum", "observed from", "to", "mean"):
+        table.add_column(column, justify="right")
+    table.add_column("method")
+    for name, found in list(ranges.tensors.items())[:_RANGES]:
+        table.add_row(
+            escape(name),
+            *(f"{each:.4g}" for each in (found.minimum, found.maximum)),
+            *(f"{each:.4g}" for each in (found.observed_minimum, found.observed_maximum)),
+            "" if found.mean is None else f"{found.mean:.4g}",
+            found.method,
+        )
+    console.print(table)
+    if len(ranges.tensors) > _RANGES:
+        console.print(f"... and {len(ranges.tensors) - _RANGES} more in the file")
 
 
 def _pass_table(report: Report) -> Table:

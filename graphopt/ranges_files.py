@@ -1,0 +1,100 @@
+"""Ranges from a file of any tool that we read, told apart by what is in it.
+
+- our own JSON (`graphopt.ranges`)
+- TensorRT's calibration cache (`graphopt.tensorrt_cache`)
+- onnxruntime's calibration JSON: `write_calibration_table` writes {name: tensor data}, `save_tensors_data` the same
+  under "data", and older versions {name: [lowest, highest]}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import DataError
+from graphopt.ranges import Ranges
+from graphopt.tensorrt_cache import imported_range, is_tensorrt_cache, read_tensorrt_cache, write_tensorrt_cache
+
+ORT_METHOD = "onnxruntime-table"
+
+_SHOWN = 5  # names in a warning
+
+
+def read_ranges(path: str | Path) -> Ranges:
+    """Read a file of ranges.
+
+    Raises:
+        DataError: it cannot be read, or is of no kind that is known; the message says where.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read ranges from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        return Ranges.load(path)  # which says what is wrong
+    if is_tensorrt_cache(text):
+        return read_tensorrt_cache(text, str(path))
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return Ranges.load(path)
+    if not isinstance(content, dict) or not content or "schema" in content:
+        return Ranges.load(path)
+    table = content.get("data") if content.get("CLS") == "TensorsData" else content
+    return _ort_table(table, str(path))
+
+
+def write_ranges(ranges: Ranges, path: str | Path) -> None:
+    """Write ranges as JSON, or as a TensorRT cache where the name ends in .cache.
+
+    Raises:
+        OutputError: they cannot be written there.
+    """
+    if str(path).endswith(".cache"):
+        write_tensorrt_cache(ranges, path)
+    else:
+        ranges.save(path)
+
+
+def unmatched_names(ranges: Ranges, names: Collection[str]) -> str | None:
+    """A sentence about the tensors of `ranges` that are not among `names`; None where all are."""
+    unmatched = [name for name in ranges.tensors if name not in names]
+    if not unmatched:
+        return None
+    shown = ", ".join(unmatched[:_SHOWN]) + (", ..." if len(unmatched) > _SHOWN else "")
+    return (
+        f"{len(unmatched)} of {len(ranges.tensors)} ranges are of tensors that the model does not have at this point, "
+        f"and are not used: {shown}"
+    )
+
+
+def _ort_table(table: Any, source: str) -> Ranges:
+    if not isinstance(table, dict):
+        raise DataError(f'{source}: "data" of onnxruntime\'s calibration is no object with names and ranges')
+    tensors = {}
+    for name, entry in table.items():
+        try:
+            low, high = _bounds(entry)
+            tensors[name] = imported_range(low, high, ORT_METHOD)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{source}: is read as onnxruntime's calibration table, but {name} has no lowest and highest value: "
+                f"{error}"
+            ) from error
+    return Ranges(tensors=tensors, source=source, samples=0, synthetic=False)
+
+
+def _bounds(entry: Any) -> tuple[float, float]:
+    if isinstance(entry, Mapping):
+        return _number(entry["lowest"]), _number(entry["highest"])
+    low, high = entry
+    return _number(low), _number(high)
+
+
+def _number(value: Any) -> float:
+    """A number, or what onnxruntime writes for a numpy value of one."""
+    while isinstance(value, Mapping | list):
+        value = value["data"] if isinstance(value, Mapping) else value[0] if len(value) == 1 else None
+    return float(value)
