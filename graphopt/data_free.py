@@ -1,39 +1,42 @@
 """Ranges without data, from what a model's BatchNormalizations remember of its training.
 
-Behind a BatchNormalization channel c has the mean beta[c] and the standard deviation |gamma[c]| over the training data
-(Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2.1). So the
-model runs on made-up inputs with each BatchNormalization replaced by an InstanceNormalization of the same gamma and
-beta: it gives every channel of every sample just that mean and that deviation, whatever the inputs, and the operators
-behind it, activation functions, additions, poolings, make of it what they make of real data.
-
-That tells all of a tensor as long as only operators lie between it and the BatchNormalizations that keep values apart.
-Behind a Conv, a Gemm or an average over all places it tells too little: real samples differ there, and normalized
-ones do not. Such tensors get a range that also covers what the unchanged model shows on the made-up inputs.
+- Behind a BatchNormalization, and as far as `graphopt.normalization_ranges` follows it, mean and deviation of every
+  channel are stored in the model: a range covers 5.5 deviations on each side of it (after Nagel et al. 2019)
+- The rest, inputs and what Conv, Gemm and averages over all places compute, is seen in a run on made-up inputs, which
+  the first BatchNormalization makes as large as those in training (`graphopt.likely_inputs`). Real inputs reach
+  farther than noise, which looks like nothing that a model knows: half of what was seen is added to what it computes
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-
-import onnx_graphsurgeon as gs
+from dataclasses import dataclass
 
 from graphopt.feeds import Samples
-from graphopt.graph import constant_of, is_constant
 from graphopt.histogram import Extremes
+from graphopt.likely_inputs import likely_samples
 from graphopt.model_io import Model
-from graphopt.node_order import sorted_nodes
+from graphopt.normalization_ranges import BOUNDS, STORED, Distribution, predicted_distributions
 from graphopt.observe import observe
-from graphopt.operators import MOVING, POINTWISE
 from graphopt.pass_base import MEMORY_BUDGET, Skip
 from graphopt.progress import Progress, silent
 from graphopt.ranges import TensorRange
-from graphopt.shapes import infer_shapes
 
-STORED, BOTH, MADE_UP = "batch-norm", "batch-norm+made-up", "made-up"
+MADE_UP = "made-up"
+METHODS = (STORED, BOUNDS, MADE_UP)
 """What a range comes from, as its `method`."""
 
-_LEAST_PLACES = 16  # over which a normalization by their own statistics means something
+_MARGIN = 1.5
+_SAME = 1e-3  # relative difference of the extremes of one tensor in two models that compute the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFreeRanges:
+    """Ranges by tensor name, what cannot be observed, and a description of the made-up inputs."""
+
+    tensors: Mapping[str, TensorRange]
+    skipped: tuple[Skip, ...]
+    source: str
 
 
 def ranges_without_data(
@@ -42,85 +45,63 @@ def ranges_without_data(
     tensors: Sequence[str],
     samples: Samples,
     *,
+    seed: int = 0,
     progress: Progress = silent,
     memory_budget: int = MEMORY_BUDGET,
-) -> tuple[dict[str, TensorRange], tuple[Skip, ...]]:
+) -> DataFreeRanges:
     """Ranges from made-up samples and from the statistics stored in the original model.
 
     Args:
         original: the model before anything was folded.
-        model: the one whose tensors are asked for; those of a name that the original has too are the same tensors.
+        model: the one whose tensors are asked for. What the original tells of a tensor counts if one of that name has
+            the same values in both.
         tensors: names.
         samples: made up.
+        seed: of what is made up besides.
         progress: told after every sample.
         memory_budget: bytes of activations to hold at a time.
-
-    Returns:
-        the ranges, and the tensors that cannot be observed.
 
     Raises:
         DataError: the model does not run on a sample, or a tensor is not finite.
     """
-    seen = observe(model, tensors, samples, Extremes, progress=progress, memory_budget=memory_budget)
-    normalized, stored = with_stored_statistics(original)
-    names = [name for name in seen.statistics if name in stored]
-    more: Mapping[str, Extremes] = {}
-    if names:
-        more = observe(normalized, names, samples, Extremes, progress=progress, memory_budget=memory_budget).statistics
-    return {name: _range(found, more.get(name), stored.get(name, False)) for name, found in seen.statistics.items()}, (
-        seen.skipped
+    likely = likely_samples(original, samples, seed=seed)
+    seen = observe(model, tensors, likely, Extremes, progress=progress, memory_budget=memory_budget)
+    predicted = predicted_distributions(original)
+    told = [name for name in seen.statistics if name in predicted]
+    if told and original is not model:
+        ours, theirs = (
+            observe(each, told, likely.first(1), Extremes, memory_budget=memory_budget).statistics
+            for each in (model, original)
+        )
+        told = [name for name in told if name in theirs and _is_same(ours[name], theirs[name])]
+    inputs = {tensor.name for tensor in model.graph.inputs}
+    known = {name: predicted[name] for name in told}
+    return DataFreeRanges(
+        tensors={
+            name: _range(found, known.get(name), 1.0 if name in inputs else _MARGIN)
+            for name, found in seen.statistics.items()
+        },
+        skipped=seen.skipped,
+        source=likely.description,
     )
 
 
-def _range(made_up: Extremes, normalized: Extremes | None, is_told: bool) -> TensorRange:
-    low, high, method, count = made_up.minimum, made_up.maximum, MADE_UP, made_up.count
-    if normalized is not None and is_told:
-        low, high, method = normalized.minimum, normalized.maximum, STORED
-    elif normalized is not None:
-        low, high, method = min(low, normalized.minimum), max(high, normalized.maximum), BOTH
+def _is_same(one: Extremes, other: Extremes) -> bool:
+    allowed = _SAME * max(abs(other.minimum), abs(other.maximum))
+    return abs(one.minimum - other.minimum) <= allowed and abs(one.maximum - other.maximum) <= allowed
+
+
+def _range(seen: Extremes, told: Distribution | None, margin: float) -> TensorRange:
+    low, high = min(seen.minimum, margin * seen.minimum), max(seen.maximum, margin * seen.maximum)
+    if told is not None:
+        low, high = told.range
     return TensorRange(
         minimum=low,
         maximum=high,
-        method=method,
-        observed_minimum=low,
-        observed_maximum=high,
+        method=MADE_UP if told is None else told.told_by,
+        observed_minimum=seen.minimum,
+        observed_maximum=seen.maximum,
         mean=None,
         zeros=None,
-        count=count,
-    )
-
-
-def with_stored_statistics(model: Model) -> tuple[Model, dict[str, bool]]:
-    """A copy whose BatchNormalizations normalize each sample by itself, and the tensors that this changes.
-
-    Each of these is True where it is told by the stored statistics alone. BatchNormalizations in training mode, with
-    computed parameters, or over fewer than 16 places stay as they are.
-    """
-    copy = model.copy()
-    infer_shapes(copy.graph)
-    told: dict[str, bool] = {}
-    for node in sorted_nodes(copy.graph):
-        if _is_replaced(node):
-            node.op = "InstanceNormalization"
-            node.attrs = {name: value for name, value in node.attrs.items() if name == "epsilon"}
-            node.inputs = list(node.inputs)[:3]
-            told[node.outputs[0].name] = True
-            continue
-        computed = [tensor for tensor in node.inputs if tensor.name and not is_constant(tensor)]
-        if any(tensor.name in told for tensor in computed):
-            alone = all(told.get(tensor.name, False) for tensor in computed)
-            told |= {tensor.name: alone and node.op in POINTWISE | MOVING for tensor in node.outputs if tensor.name}
-    return copy, told
-
-
-def _is_replaced(node: gs.Node) -> bool:
-    if node.op != "BatchNormalization" or node.domain or node.attrs.get("training_mode", 0):
-        return False
-    shape = node.inputs[0].shape
-    if shape is None or len(shape) < 3 or len([output for output in node.outputs if output.name]) != 1:
-        return False
-    places = [size for size in shape[2:] if isinstance(size, int) and size > 0]
-    known = len(places) == len(shape) - 2
-    return all(constant_of(tensor) is not None for tensor in node.inputs[1:5]) and (
-        not known or math.prod(places) >= _LEAST_PLACES
+        count=seen.count,
     )

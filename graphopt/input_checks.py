@@ -29,7 +29,7 @@ from graphopt.operators import MOVING
 from graphopt.runtime import Session, open_session
 
 _SAMPLES = 6
-_FITS = 2.0  # the divergence of inputs that may be right
+FITS = 2.0  # the divergence of inputs that may be right
 _FAR = 4.0  # one that by itself says that they are not
 _SUSPICIOUS, _BETTER = 0.4, 5.0  # one that another reading of the inputs makes so many times smaller
 _SWAPPED, _LESS = 2.0, 0.05  # for the order of the channels, which changes less: times and difference
@@ -42,7 +42,7 @@ Change = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
-class _Statistics:
+class Remembered:
     """What one BatchNormalization remembers, and the tensor that it reads."""
 
     tensor: str
@@ -60,11 +60,11 @@ def input_warnings(model: Model, samples: Samples) -> tuple[str, ...]:
     feeds = list(islice(samples, _SAMPLES))
     found: list[str] = []
     for tensor in model.graph.inputs:
-        statistics = _first_statistics(tensor)
+        statistics = first_remembered(tensor)
         if statistics is None or not feeds or feeds[0][tensor.name].dtype.kind != "f":
             continue
         try:
-            session = open_session(_up_to(model, statistics.tensor))
+            session = open_session(up_to(model, statistics.tensor))
             warning = _judge(session, tensor.name, feeds, statistics)
         except GraphoptError:  # it has no part that runs by itself: nothing to say
             continue
@@ -72,8 +72,8 @@ def input_warnings(model: Model, samples: Samples) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _first_statistics(tensor: gs.Tensor) -> _Statistics | None:
-    """Of the BatchNormalization that normalizes the first linear operator behind an input."""
+def first_remembered(tensor: gs.Tensor) -> Remembered | None:
+    """What the BatchNormalization remembers that normalizes the first linear operator behind an input."""
     reached = [tensor]
     for each in reached:
         for node in each.outputs:
@@ -86,14 +86,14 @@ def _first_statistics(tensor: gs.Tensor) -> _Statistics | None:
     return None
 
 
-def _remembered(node: gs.Node) -> _Statistics | None:
+def _remembered(node: gs.Node) -> Remembered | None:
     mean, variance = constant_of(node.inputs[3]), constant_of(node.inputs[4])
     if mean is None or variance is None:
         return None
-    return _Statistics(node.inputs[0].name, mean.astype(np.float64), variance.astype(np.float64))
+    return Remembered(node.inputs[0].name, mean.astype(np.float64), variance.astype(np.float64))
 
 
-def _up_to(model: Model, name: str) -> Model:
+def up_to(model: Model, name: str) -> Model:
     """The part of a model that computes one tensor."""
     copy = model.copy()
     copy.graph.outputs = [tensor for node in copy.graph.nodes for tensor in node.outputs if tensor.name == name]
@@ -101,7 +101,7 @@ def _up_to(model: Model, name: str) -> Model:
     return copy
 
 
-def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: _Statistics) -> str | None:
+def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: Remembered) -> str | None:
     inputs = [{spec.name: feed[spec.name] for spec in session.inputs} for feed in feeds]
 
     def divergence(change: Change) -> float:
@@ -110,7 +110,7 @@ def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: _Stat
     as_is = divergence(lambda array: array)
     readings = {what: divergence(change) for what, change in _readings(inputs[0][name])} if as_is > _SUSPICIOUS else {}
     best = min(readings, key=readings.__getitem__, default=None)
-    if best is not None and readings[best] < min(_FITS, as_is / _BETTER):
+    if best is not None and readings[best] < min(FITS, as_is / _BETTER):
         return (
             f"input {name} does not look like what the model was trained on, by what its first BatchNormalization "
             f"remembers; it would, {best}: check the preprocessing"
@@ -129,17 +129,27 @@ def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: _Stat
     return None
 
 
-def _divergence(session: Session, feeds: Sequence[Feed], statistics: _Statistics) -> float:
+def _divergence(session: Session, feeds: Sequence[Feed], statistics: Remembered) -> float:
     """The median over the channels of KL(what the feeds give || what is remembered)."""
-    channels = len(statistics.mean)
     values = [session.run(feed)[statistics.tensor] for feed in feeds]
-    rows = np.concatenate([np.moveaxis(each, 1, 0).reshape(channels, -1) for each in values], axis=1)
-    mean, variance = rows.mean(axis=1, dtype=np.float64), rows.var(axis=1, dtype=np.float64)
-    alive = statistics.variance > _LEAST_VARIANCE * statistics.variance.max()
-    remembered = statistics.variance[alive]
-    ratio = np.maximum(variance[alive] / remembered, np.finfo(np.float64).tiny)
-    offset = (mean - statistics.mean)[alive] ** 2 / remembered
-    return float(np.median(0.5 * (ratio + offset - 1 - np.log(ratio))))
+    rows = np.concatenate([rows_by_channel(each) for each in values], axis=1)
+    return float(median_divergence(rows.mean(axis=1), rows.var(axis=1), statistics))
+
+
+def rows_by_channel(values: Array) -> NDArray[np.float64]:
+    """[N, C, ...] -> [C, values of a channel]."""
+    return np.moveaxis(values, 1, 0).reshape(values.shape[1], -1).astype(np.float64)
+
+
+def median_divergence(
+    mean: NDArray[np.float64], variance: NDArray[np.float64], remembered: Remembered
+) -> NDArray[np.float64]:
+    """Means and variances [..., C] -> the median over the channels of their divergence from those remembered, [...]."""
+    alive = remembered.variance > _LEAST_VARIANCE * remembered.variance.max()
+    expected = remembered.variance[alive]
+    ratio = np.maximum(variance[..., alive] / expected, np.finfo(np.float64).tiny)
+    offset = (mean - remembered.mean)[..., alive] ** 2 / expected
+    return np.asarray(np.median(0.5 * (ratio + offset - 1 - np.log(ratio)), axis=-1))
 
 
 def _readings(array: Array) -> Iterator[tuple[str, Change]]:

@@ -23,15 +23,17 @@ MOVING = frozenset(
 )
 """Operators whose result holds elements of their first input, each as it is."""
 
-POINTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {
         *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg"),
         *("PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
         *("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum", "Where"),
-        *("Concat", "MaxPool", "Pad", "Resize", "Split"),
     }
 )
-"""Operators that combine or change values of the same place, or choose among those of few: none adds over many."""
+"""Operators whose result in a place depends on the values of its inputs in that place alone."""
+
+MIXING = frozenset({"AveragePool", "Concat", "GlobalMaxPool", "MaxPool", "Resize", "Split"})
+"""Operators whose result holds elements of their inputs, or values between those of a channel nearby."""
 
 NEVER_NEGATIVE = frozenset({"Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 """Operators whose result is not below zero; Abs is none: it leaves the lowest integer as it is."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from graphopt.data_checks import DataChecks
-from graphopt.data_free import BOTH, MADE_UP, STORED, ranges_without_data
+from graphopt.data_free import METHODS, ranges_without_data
 from graphopt.errors import PipelineError
 from graphopt.exact_histogram import ExactHistogram
 from graphopt.histogram import Histogram
@@ -104,26 +104,27 @@ class Calibrate(Pass):
 
     def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:
         samples = made_up_samples(open_session(model), seed=context.seed)
-        found, skipped = ranges_without_data(
+        found = ranges_without_data(
             context.original or model,
             model,
             tensors,
             samples,
+            seed=context.seed,
             progress=context.progress,
             memory_budget=context.memory_budget,
         )
         context.ranges = Ranges(
-            tensors=found,
-            source=samples.description,
+            tensors=found.tensors,
+            source=found.source,
             samples=samples.count or 0,
             synthetic=True,
             target=context.target.name,
             method=Method.DATA_FREE,
         )
-        counts = Counter(each.method for each in found.values())
+        counts = Counter(each.method for each in found.tensors.values())
         return PassResult(
-            parts={"tensors": len(found), **counts},
-            skipped=skipped,
+            parts={"tensors": len(found.tensors), **counts},
+            skipped=found.skipped,
             notes=(_sources_of(counts),),
         )
 
@@ -133,7 +134,8 @@ class Calibrate(Pass):
 
 
 def _sources_of(counts: Counter[str]) -> str:
+    stored, bounds, made_up = (counts[method] for method in METHODS)
     return (
-        f"data-free: {counts[STORED]} ranges come from statistics stored in BatchNormalization, {counts[BOTH]} from "
-        f"these and made-up inputs, {counts[MADE_UP]} from made-up inputs alone; use --data"
+        f"data-free: the ranges of {stored} tensors come from statistics stored in BatchNormalization, {bounds} from "
+        f"operators with bounds, {made_up} from made-up inputs; calibrate on data where you can"
     )

@@ -69,7 +69,8 @@ def test_each_method_is_recorded_with_what_was_observed(method):
     found = context.ranges.tensors["positive"]
     assert found.method in {Method.AUTO: ["mse", "minmax"], Method.DATA_FREE: ["made-up"]}.get(method, [method.value])
     assert found.observed_minimum == 0
-    assert 0 <= found.minimum < found.maximum <= found.observed_maximum
+    margin = 1.5 if method is Method.DATA_FREE else 1
+    assert 0 <= found.minimum < found.maximum <= margin * found.observed_maximum
     assert (found.mean is None) == (not method.statistics.needs_values)
     assert (context.ranges.method, context.ranges.target) == (method, "ort-cpu")
 
@@ -95,7 +96,7 @@ def test_without_data_made_up_inputs_are_used_and_a_note_says_so():
     result = Calibrate().apply(graph_of(), context)
     assert context.ranges.synthetic
     assert context.ranges.samples == 32
-    assert result.notes[0].startswith("data-free: 0 ranges come from statistics stored in BatchNormalization")
+    assert result.notes[0].startswith("data-free: the ranges of 0 tensors come from statistics stored in")
 
 
 @pytest.mark.parametrize("least", [20, 1000])
