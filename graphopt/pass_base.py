@@ -1,8 +1,7 @@
 """The contract of a pass: what it is given, what it may do, and what it reports.
 
 A pass is a frozen dataclass whose fields are its options. `apply` changes a `gs.Graph` in place and returns a
-`PassResult`; the pass manager works on a clone, so a caller's graph is never touched. Before the first pass of a
-pipeline, each may look at the model as it came in (`prepare`). A graph that was valid before is
+`PassResult`; the pass manager works on a clone, so a caller's graph is never touched. A graph that was valid before is
 valid after, with the same outputs within the tolerance of the pass's `effect`. Every place that looked like a match
 and was left alone is a `Skip` whose reason a user can act on. A pass raises only when the request cannot be honoured.
 """
@@ -97,17 +96,6 @@ class Pass(ABC):
 
     name: ClassVar[str]
     effect: ClassVar[Effect]
-
-    def prepare(self, graph: gs.Graph, context: Context) -> None:  # noqa: B027 - most passes need to know nothing
-        """Look at the model as it came in, before any pass of the pipeline has changed it.
-
-        For what earlier passes take away: the statistics in BatchNormalization, say, which `fold` folds. What is found
-        goes into `context`. The graph may be the caller's own and must stay as it is: work on `copy_graph(graph)`.
-        A pass that is applied without a pass manager is not prepared.
-
-        Raises:
-            GraphoptError: the request cannot be honoured.
-        """
 
     @abstractmethod
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:

@@ -1,6 +1,5 @@
 """Run passes in order over a clone of a graph: verify each, time it, roll back what breaks the model, report all.
 
-Before the first pass runs, each may look at the model as it came in (`Pass.prepare`).
 The model is cloned before each pass (weights are shared, never copied), so a pass that fails costs nothing: the clone
 is dropped, the run goes on with the graph from before, and the record of the pass says why. Where a failure folder was
 asked for, that graph, its inputs and a command line that fails in the same way are written there. The clone of a pass
@@ -85,9 +84,6 @@ class PassManager:
         context.original = original
         report = self._new_report(model, context)
         feeds, before = self._examine_input(model, context, report)
-        context.frame = model.frame
-        for item in self.passes:
-            item.prepare(model.graph, context)
         for number, item in enumerate(self.passes):
             context.progress(f"pass {item.name}", 0, 1)
             previous = model

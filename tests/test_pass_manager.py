@@ -84,24 +84,6 @@ class Refuse(Pass):
         raise PipelineError("not like this")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Look(Scale):
-    """Note what it sees before the pipeline starts, and when it runs."""
-
-    name: ClassVar[str] = "look"
-    sign: str = ""
-    seen: ClassVar[list] = []
-
-    def prepare(self, graph, context):
-        self.seen.append(
-            ("prepare", self.sign, graph.nodes[0].inputs[1].values.tolist(), context.frame.header.doc_string)
-        )
-
-    def apply(self, graph, context):
-        self.seen.append(("apply", self.sign))
-        return super().apply(graph, context)
-
-
 def constant(result):
     return onnx.numpy_helper.to_array(result.model.graph.initializer[0]).tolist()
 
@@ -118,28 +100,6 @@ def test_a_graph_of_the_caller_is_never_changed():
     graph = gs.import_onnx(model())
     PassManager([Lossy(by=2.0)]).run(graph)
     assert graph.nodes[0].inputs[1].name == "k"
-
-
-def test_every_pass_sees_the_model_as_it_came_in_before_the_first_runs():
-    Look.seen.clear()
-    proto = model()
-    proto.doc_string = "of the caller"
-    source = load_model(proto)
-    PassManager([Look(sign="a"), Scale(by=2.0), Look(sign="b")], verify=False).run(source)
-    came_in = [1, 2, 3, 4], "of the caller"
-    assert Look.seen == [("prepare", "a", *came_in), ("prepare", "b", *came_in), ("apply", "a"), ("apply", "b")]
-
-
-def test_a_request_that_cannot_be_honoured_may_show_before_the_first_pass_runs():
-    @dataclass(frozen=True, kw_only=True)
-    class RefuseAtOnce(Scale):
-        def prepare(self, graph, context):
-            raise PipelineError("not this model")
-
-    Look.seen.clear()
-    with pytest.raises(PipelineError, match="not this model"):
-        PassManager([Look(), RefuseAtOnce()]).run(model())
-    assert [event for event, *_ in Look.seen] == ["prepare"]
 
 
 def test_each_pass_has_a_record():
