@@ -50,6 +50,8 @@ class Placement:
         nodes: the operators that run in int8.
         activations: by tensor name, the tensor and the tensor whose range it uses (itself, unless only moved).
         readers: by tensor name, the inputs that read the tensor through its Q/DQ pair.
+        users: by tensor name, the operators that cannot run in int8 without its Q/DQ pair: what reads it, and what
+            computes it and needs a Q behind.
         weights: constant inputs, each with the axis that has a scale for each index (None: one scale).
         operands: constant inputs that are quantized like activations (Add and Mul by a constant).
         biases: constants that are added to an operator's result as part of it; they must be vectors.
@@ -59,16 +61,11 @@ class Placement:
     nodes: tuple[gs.Node, ...]
     activations: Mapping[str, tuple[gs.Tensor, gs.Tensor]]
     readers: Mapping[str, tuple[Edge, ...]]
+    users: Mapping[str, tuple[gs.Node, ...]]
     weights: tuple[tuple[Edge, int | None], ...]
     operands: tuple[Edge, ...]
     biases: tuple[Edge, ...]
     skipped: tuple[Skip, ...]
-
-    def source_name(self, tensor: gs.Tensor) -> str:
-        """The name of the tensor whose range `tensor` uses; its own where it carries no quantizer."""
-        _, source = self.activations.get(tensor.name, (tensor, tensor))
-        name: str = source.name
-        return name
 
     @property
     def observed(self) -> tuple[str, ...]:
@@ -329,13 +326,17 @@ class _Placing:
                 weights.append((edge, self._weight_axis(edge)))
             else:
                 operands.append(edge)
+        users = {name: [edge.node for edge in found] for name, found in readers.items()}
         if self.target.quantizes_outputs:
-            for tensor in self._quantized_outputs(tensors.values()):
+            for node, tensor in self._quantized_outputs(tensors.values()):
                 tensors[tensor.name] = tensor
+                if self._needs_output(node):
+                    users.setdefault(tensor.name, []).append(node)
         return Placement(
             nodes=tuple(self.kept.values()),
             activations={name: (tensor, self._range_source(tensor)) for name, tensor in tensors.items()},
             readers={name: tuple(readers.get(name, ())) for name in tensors},
+            users={name: tuple(found) for name, found in users.items()},
             weights=tuple(weights),
             operands=tuple(operands),
             biases=tuple(bias for node in self.kept.values() if (bias := self._bias_of(node)) is not None),
@@ -347,13 +348,13 @@ class _Placing:
             return None
         return output_channel_axis(edge.node, len(edge.tensor.shape))
 
-    def _quantized_outputs(self, read: Iterable[gs.Tensor]) -> list[gs.Tensor]:
-        """Outputs of int8 operators that carry a Q: where the kernel needs one, or an int8 operator reads it."""
+    def _quantized_outputs(self, read: Iterable[gs.Tensor]) -> list[tuple[gs.Node, gs.Tensor]]:
+        """Int8 operators with outputs that carry a Q: where the kernel needs one, or an int8 operator reads it."""
         wanted = {id(tensor) for tensor in read}
-        outputs: list[gs.Tensor] = []
+        outputs: list[tuple[gs.Node, gs.Tensor]] = []
         for node in self.kept.values():
             needed = self._needs_output(node)
-            outputs += [tensor for tensor in self._results(node) if needed or id(tensor) in wanted]
+            outputs += [(node, tensor) for tensor in self._results(node) if needed or id(tensor) in wanted]
         return outputs
 
     def _range_source(self, tensor: gs.Tensor) -> gs.Tensor:

@@ -129,7 +129,7 @@ class InsertQdq(Pass):
 
 
 def _place_with_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> Placement:
-    """The placement over tensors whose ranges are known; operators that touch another tensor stay float.
+    """The placement over tensors whose ranges are known; operators that need another one's pair stay float.
 
     Raises:
         PipelineError: no range fits the graph.
@@ -139,11 +139,10 @@ def _place_with_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str]
         raise PipelineError(
             f"the ranges are of another model: none is called like this one's tensors ({placement.observed[0]}, ...)"
         )
-    while missing := {name for name in placement.observed if name not in ranges.tensors}:
-        for node in placement.nodes:
-            touched = {placement.source_name(tensor) for tensor in (*node.inputs, *node.outputs)}
-            if touched & missing:
-                excluded[id(node)] = f"no range is known for {min(touched & missing)}"
+    while missing := [item for item in placement.activations.items() if item[1][1].name not in ranges.tensors]:
+        for name, (_, source) in missing:
+            for node in placement.users[name]:
+                excluded[id(node)] = f"no range is known for {source.name}"
         placement = place(graph, target, excluded)
     return placement
 

@@ -1,5 +1,7 @@
 """Q/DQ pairs as they stand in the file, and that the result computes what the float graph does."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -9,13 +11,18 @@ from texts import model_of
 from graphopt.errors import PipelineError
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
-from graphopt.passes import InsertQdq
+from graphopt.passes import Fold, InsertQdq
 from graphopt.passes.insert_qdq import Switch
+from graphopt.placement import place
 from graphopt.quantization import INT8_WEIGHT
 from graphopt.ranges import Ranges, TensorRange
 from graphopt.runtime import open_session, optimized_ops
+from graphopt.shapes import infer_shapes
+from graphopt.targets import TARGETS, target_named
 from graphopt.targets.ort_cpu import ORT_CPU
 from graphopt.targets.tensorrt import TENSORRT
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
 
 CONV_RELU_CONV = """
     <ir_version: 8, opset_import: ["" : 17]>
@@ -158,6 +165,26 @@ def test_an_operator_without_a_range_stays_float_with_the_reason():
     _, result = quantized(model_of(CONV_RELU_CONV), ranges=ranges_of(x=(-3, 3), r=(0, 4)))
     assert result.parts["operators"] == 1
     assert "no range is known for y" in result.skipped[0].reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["fmnist_resnet", "fmnist_mbv2", "fmnist_srunet"])
+def test_whatever_range_is_missing_the_rest_is_quantized(name, target):
+    folded = load_model(MODELS / f"{name}.onnx")
+    Fold().apply(folded.graph, Context(frame=folded.frame))
+    infer_shapes(folded.graph)
+    observed = place(folded.graph, target_named(target)).observed
+    for missing in observed:
+        known = ranges_of(**{tensor: (-1.0, 1.0) for tensor in observed if tensor != missing})
+        result = InsertQdq().apply(folded.copy().graph, Context(target=target_named(target), ranges=known))
+        assert result.parts["operators"] > 0
+        assert result.parts["activations"] > 0
+
+
+def test_a_missing_range_behind_an_activation_keeps_both_its_sides_float():
+    _, result = quantized(model_of(CONV_RELU_CONV), ranges=ranges_of(x=(-3, 3), y=(-3, 3)))
+    assert result.rewrites == 0
+    assert [skip.reason for skip in result.skipped] == ["no range is known for r"] * 2
 
 
 def test_a_quantized_model_is_refused():
