@@ -78,7 +78,7 @@ def _ort_table(table: Any, source: str) -> Ranges:
         try:
             low, high = _bounds(entry)
             tensors[name] = imported_range(low, high, ORT_METHOD)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(
                 f"{source}: is read as onnxruntime's calibration table, but {name} has no lowest and highest value: "
                 f"{error}"

@@ -41,7 +41,7 @@ def read_tensorrt_cache(text: str, source: str) -> Ranges:
             continue
         name, colon, digits = line.rpartition(":")
         name = name.strip()
-        if not colon or not name or re.fullmatch(r"[0-9a-fA-F]{1,8}", digits.strip()) is None:
+        if not colon or not name or re.fullmatch(r"[0-9a-fA-F]{8}|0", digits.strip()) is None:
             raise DataError(f"{source}, line {number}: is no `name: scale` with the scale as 8 hex digits: {line:.60}")
         (scale,) = struct.unpack(">f", bytes.fromhex(digits.strip().zfill(8)))
         if not 0 <= scale < np.inf:

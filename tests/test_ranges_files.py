@@ -69,6 +69,7 @@ def test_a_line_of_a_tensorrt_cache_is_a_name_and_a_big_endian_float(tmp_path):
         ("x 3f800000", "line 2: is no `name: scale`"),
         ("x: 3f80000g", "line 2: is no `name: scale`"),
         ("x: 3f8000001", "line 2: is no `name: scale`"),
+        ("x: 3f80", "line 2: is no `name: scale`"),
         (": 3f800000", "line 2: is no `name: scale`"),
         ("x: 7fc00000", "line 2: the scale of x is nan"),
         ("x: 7f800000", "line 2: the scale of x is inf"),
@@ -134,7 +135,9 @@ def test_pairs_of_older_versions_are_read(tmp_path):
     assert bounds_of(read_ranges(path)) == {"a": (-1, 2.5), "b": (0.5, 1)}
 
 
-@pytest.mark.parametrize("entry", [[1], 3, None, {"lowest": 1}, [2, 1], ["a", "b"], [0, {"data": [1, 2]}]])
+@pytest.mark.parametrize(
+    "entry", [[1], 3, None, {"lowest": 1}, [2, 1], ["a", "b"], [0, {"data": [1, 2]}], [0, 10**400]]
+)
 def test_an_entry_without_bounds_is_named(tmp_path, entry):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"good": [0, 1], "bad": entry}))
