@@ -5,7 +5,7 @@
 
 Each model is calibrated once, on one half of its feeds, with histograms; the ranges of the other methods are chosen
 from these. Scored on up to 32 feeds of the other half: SQNR of the worst output in dB, in the exact arithmetic that Q
-and DQ stand for, weights in 8 bits. `auto` is the default; `lost` is what it lacks to the best single method.
+and DQ stand for, weights in 8 bits. `lost` is what `auto` lacks to the best of them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
 from graphopt.thresholds import Method
 
-DEFAULT_METHOD = Method.AUTO
+DEFAULT_METHOD = Method.MSE
 
 
 @dataclass(frozen=True, kw_only=True)
