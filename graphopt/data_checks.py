@@ -64,10 +64,12 @@ class DataChecks:
 
 
 def _refuse_non_finite(name: str, array: Array, place: str) -> None:
-    if array.dtype.kind != "f" or not array.size or (np.isfinite(low := array.min()) and np.isfinite(array.max())):
+    if array.dtype.kind != "f" or not array.size:
         return
-    what = "NaN" if np.isnan(low) else "infinite values"
-    raise DataError(f"input {name} has {what} in {place}: leave that sample out, or mend it")
+    low, high = array.min(), array.max()
+    if np.isnan(low) or high == np.inf:  # -infinity is what masks of attention hold
+        what = "NaN" if np.isnan(low) else "infinite values"
+        raise DataError(f"input {name} has {what} in {place}: leave that sample out, or mend it")
 
 
 def _is_constant(feed: Feed) -> bool:
