@@ -65,7 +65,7 @@ def unmatched_names(ranges: Ranges, names: Collection[str]) -> str | None:
         return None
     shown = ", ".join(unmatched[:_SHOWN]) + (", ..." if len(unmatched) > _SHOWN else "")
     return (
-        f"{len(unmatched)} of {len(ranges.tensors)} ranges are of tensors that the model does not have at this point, "
+        f"{len(unmatched)} of {len(ranges.tensors)} ranges are of tensors that the model does not have, "
         f"and are not used: {shown}"
     )
 

@@ -81,7 +81,9 @@ class InsertQdq(Pass):
         if quantized := [node for node in graph.nodes if node.op == "QuantizeLinear"]:
             raise PipelineError(f"the model is quantized already ({len(quantized)} QuantizeLinear nodes)")
         infer_shapes(graph)
-        names = {tensor.name for node in graph.nodes for tensor in (*node.inputs, *node.outputs)}
+        known = [graph] if context.original is None else [graph, context.original.graph]  # fold removes tensors
+        nodes = [node for each in known for node in each.nodes]
+        names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
         unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
         placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
