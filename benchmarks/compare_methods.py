@@ -14,27 +14,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from zoo_table import SMALL
+from zoo_table import ROOT, model_names, places
 
 import graphopt
 from graphopt.api import calibrate
 from graphopt.targets import target_named
 from graphopt.thresholds import Method
 
-ROOT = Path(__file__).resolve().parents[1]
 PASSES = "freeze-inputs,fold"
 METHODS = (Method.AUTO, Method.MSE, Method.MINMAX, Method.PERCENTILE, Method.ENTROPY)
 TARGETS = {"ort-cpu": "qdq:reduce_range=off", "tensorrt": "qdq"}
 SCORED = 32
-
-
-def places(name: str, zoo: Path) -> tuple[Path, str, str]:
-    """The model, and the two halves of its data."""
-    if name in SMALL:
-        halves = [str(ROOT / "models" / f"{SMALL[name]}_{half}.npz") for half in ("calibration", "evaluation")]
-        return ROOT / "models" / f"{name}.onnx", halves[0], halves[1]
-    halves = [str(zoo / "feeds" / name / half) for half in ("calibration", "evaluation")]
-    return zoo / "models" / f"{name}.onnx", halves[0], halves[1]
 
 
 def measure(name: str, zoo: Path, target: str) -> dict[Method, float]:
@@ -67,11 +57,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--zoo", type=Path, default=ROOT / "models" / "zoo")
     arguments = parser.parse_args()
-    names = arguments.names or [*SMALL, *sorted(path.stem for path in (arguments.zoo / "models").glob("*.onnx"))]
     print(f"| model | target | {' | '.join(method.value for method in METHODS)} | lost |")
     print("|---|---|" + "---|" * (len(METHODS) + 1))
     losses: list[float] = []
-    for name in names:
+    for name in arguments.names or model_names(arguments.zoo):
         for target in TARGETS:
             found = measure(name, arguments.zoo, target)
             losses += [max(found.values()) - found[Method.AUTO]] if found else []

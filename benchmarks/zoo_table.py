@@ -48,18 +48,27 @@ COLUMNS = (
 )
 
 
+def model_names(zoo: Path) -> list[str]:
+    """All real models: those of this repository, and those that were fetched."""
+    return [*SMALL, *sorted(path.stem for path in (zoo / "models").glob("*.onnx"))]
+
+
+def places(name: str, zoo: Path) -> tuple[Path, str, str]:
+    """Where a model is, and the halves of its data: to calibrate on, and to score on."""
+    if name in SMALL:
+        halves = [str(ROOT / "models" / f"{SMALL[name]}_{half}.npz") for half in ("calibration", "evaluation")]
+        return ROOT / "models" / f"{name}.onnx", halves[0], halves[1]
+    halves = [str(zoo / "feeds" / name / half) for half in ("calibration", "evaluation")]
+    return zoo / "models" / f"{name}.onnx", halves[0], halves[1]
+
+
 def measure(name: str, zoo: Path) -> list[Row]:
     """All variants of one model."""
-    if name in SMALL:
-        model = ROOT / "models" / f"{name}.onnx"
-        halves = [str(ROOT / "models" / f"{SMALL[name]}_{half}.npz") for half in ("calibration", "evaluation")]
-    else:
-        model = zoo / "models" / f"{name}.onnx"
-        halves = [str(zoo / "feeds" / name / half) for half in ("calibration", "evaluation")]
+    model, calibration, evaluation = places(name, zoo)
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"{number}.onnx" for number in range(len(VARIANTS))]
-        rows = [quantize(variant, model, halves[0], out) for variant, out in zip(VARIANTS, outs, strict=True)]
-        score(rows, model, outs, load_samples(halves[1], open_session(model).inputs, limit=SCORED))
+        rows = [quantize(variant, model, calibration, out) for variant, out in zip(VARIANTS, outs, strict=True)]
+        score(rows, model, outs, load_samples(evaluation, open_session(model).inputs, limit=SCORED))
     return rows
 
 
@@ -86,10 +95,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--zoo", type=Path, default=ROOT / "models" / "zoo")
     arguments = parser.parse_args()
-    names = arguments.names or [*SMALL, *sorted(path.stem for path in (arguments.zoo / "models").glob("*.onnx"))]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     failed = False
-    for name in names:
+    for name in arguments.names or model_names(arguments.zoo):
         rows = measure(name, arguments.zoo)
         failed |= any(row.failed for row in rows if row.variant.startswith("graphopt"))
         print(line(name, rows), flush=True)

@@ -120,7 +120,7 @@ def calibrate(
 
     Args:
         model: a path, a ModelProto or a gs.Graph.
-        data: what `load_samples` takes; None: made-up inputs.
+        data: what `load_samples` takes; None: ranges come without data (`graphopt.data_free`).
         passes: what `optimize` will run before `calibrate`, so that tensors have the names that it will ask for.
         method: how ranges are chosen.
         percent: for the method percentile.

@@ -1,11 +1,11 @@
 """Run a float model over samples and keep what its tensors looked like, in memory that does not grow with them.
 
 Where the extremes are enough, the model gets ReduceMin and ReduceMax nodes and nothing else leaves it
-(`graphopt.reductions`). Where the values themselves are asked for, threads share the work (`graphopt.crew`): one
+(`graphopt.reductions`). Where the values themselves are asked for, threads share the work (`graphopt.overlap`): one
 takes in the tensors of a sample while the other runs the model on the next one.
 
 Two samples' tensors are alive at a time. Where these would pass the memory budget, the tensors are observed in
-groups, with one run over the samples each; the plan says so before the first. Small samples are joined into batches
+groups, with one run over the samples each. Small samples are joined into batches
 where the model proves to give the same bits for a batch as for its samples one by one (`graphopt.batches`).
 """
 
