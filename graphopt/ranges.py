@@ -133,14 +133,15 @@ class Ranges:
             DataError: it cannot be read, is no JSON, has another schema, or lacks something; the message says
                 where.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read ranges from {path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:  # no JSON or no UTF-8
-            raise DataError(
-                f"{path} is no ranges file, or only a part of one: {error}; calibrate again to write it"
-            ) from error
+        return cls.from_content(json_of(text_of(path), path), path)
+
+    @classmethod
+    def from_content(cls, content: Any, path: str | os.PathLike[str]) -> Ranges:
+        """The ranges in the JSON value that a file at `path` holds.
+
+        Raises:
+            DataError: it has another schema or lacks something.
+        """
         try:
             return cls._from_json(content)
         except (ValueError, OverflowError) as error:
@@ -242,6 +243,36 @@ def seen_of(found: TensorRange, method: Method, where: str) -> Extremes:
     seen.add_extremes(found.observed_minimum, found.observed_maximum, found.count)
     seen.zeros = found.zeros
     return seen
+
+
+def text_of(path: str | os.PathLike[str]) -> str:
+    """What a file of ranges holds.
+
+    Raises:
+        DataError: it cannot be read, or is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read ranges from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise _no_ranges_file(path, error) from error
+
+
+def json_of(text: str, path: str | os.PathLike[str]) -> Any:
+    """The JSON value that the text of the file at `path` is.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _no_ranges_file(path, error) from error
+
+
+def _no_ranges_file(path: str | os.PathLike[str], error: Exception) -> DataError:
+    return DataError(f"{path} is no ranges file, or only a part of one: {error}; calibrate again to write it")
 
 
 _NUMBER = (int, float)

@@ -8,13 +8,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import DataError
-from graphopt.ranges import Ranges
+from graphopt.ranges import Ranges, json_of, text_of
 from graphopt.tensorrt_cache import imported_range, is_tensorrt_cache, read_tensorrt_cache, write_tensorrt_cache
 
 ORT_METHOD = "onnxruntime-table"
@@ -28,20 +27,12 @@ def read_ranges(path: str | Path) -> Ranges:
     Raises:
         DataError: it cannot be read, or is of no kind that is known; the message says where.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read ranges from {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError:
-        return Ranges.load(path)  # which says what is wrong
+    text = text_of(path)
     if is_tensorrt_cache(text):
         return read_tensorrt_cache(text, str(path))
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return Ranges.load(path)
+    content = json_of(text, path)
     if not isinstance(content, dict) or not content or "schema" in content:
-        return Ranges.load(path)
+        return Ranges.from_content(content, path)
     table = content.get("data") if content.get("CLS") == "TensorsData" else content
     return _ort_table(table, str(path))
 
