@@ -12,6 +12,7 @@ A graph output that carries a pair keeps its name, on the DQ. Per-channel scales
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.autotune import tune
 from graphopt.errors import PipelineError
 from graphopt.graph import (
     Names,
@@ -35,7 +37,10 @@ from graphopt.graph import (
     set_input,
     set_output,
 )
+from graphopt.graph_copy import copy_graph
 from graphopt.hard_activations import decompose_activations
+from graphopt.islands import islands_of, too_small
+from graphopt.model_io import Model
 from graphopt.opset import raise_opset
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.placement import Activation, Edge, Placement, node_label, place
@@ -73,6 +78,12 @@ class InsertQdq(Pass):
     int8_weights: Switch = field(
         default=Switch.AUTO, metadata={"help": "store weights as int8 behind a DQ, not as float behind Q and DQ"}
     )
+    small_islands: bool = field(
+        default=False, metadata={"help": "quantize also where conversions are estimated to cost more than int8 saves"}
+    )
+    autotune: bool = field(
+        default=False, metadata={"help": "measure in onnxruntime here, and quantize only what makes the model faster"}
+    )
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Insert the pairs; reads `context.ranges` and `context.target`.
@@ -84,24 +95,31 @@ class InsertQdq(Pass):
         if ranges is None:
             raise PipelineError("qdq needs ranges: put calibrate before it, or give a ranges file (--ranges FILE)")
         if quantized := [node for node in graph.nodes if node.op == "QuantizeLinear"]:
-            raise PipelineError(f"the model is quantized already ({len(quantized)} QuantizeLinear nodes)")
+            raise PipelineError(
+                f"the model is quantized already ({len(quantized)} QuantizeLinear nodes): to quantize it anew, "
+                "put strip-qdq first"
+            )
         infer_shapes(graph)
         known = [graph] if context.original is None else [graph, context.original.graph]  # fold removes tensors
         nodes = [node for each in known for node in each.nodes]
         names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
         unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
-        placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
+        excluded = self._excluded(graph)
+        placement = _place_with_ranges(graph, target, excluded, ranges)
         if not placement.nodes:
             return PassResult(skipped=placement.skipped)
         if (note := raise_opset(graph, _PER_CHANNEL_OPSET)) is not None:  # some nodes are others now
             infer_shapes(graph)
-            placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
-        if decomposed := [node for node in placement.nodes if node.op in target.decomposed]:
-            ranges = decompose_activations(graph, decomposed, ranges)
-            infer_shapes(graph)
-            placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
-        _Insertion(graph, target, placement, ranges).run()
+            excluded = self._excluded(graph)
+            placement = _place_with_ranges(graph, target, excluded, ranges)
+        if self.autotune:
+            excluded |= _slower_here(graph, target, placement, excluded, ranges, context)
+        elif target.costs is not None and not self.small_islands:
+            excluded |= too_small(graph, placement, target.costs, _input_shapes(context))
+        placement = _quantize(graph, target, excluded, ranges)
+        if not placement.nodes:
+            return PassResult(skipped=placement.skipped)
         return PassResult(
             rewrites=len(placement.activations) + len(placement.weights) + len(placement.operands),
             skipped=placement.skipped,
@@ -137,6 +155,55 @@ class InsertQdq(Pass):
                 raise PipelineError(f"qdq:exclude: no node's name fits '{pattern}'")
             excluded |= found
         return excluded
+
+
+def _input_shapes(context: Context) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the first sample; None where there is none."""
+    feed = None if context.samples is None else next(iter(context.samples), None)
+    return None if feed is None else {name: value.shape for name, value in feed.items()}
+
+
+def _slower_here(
+    graph: gs.Graph,
+    target: Target,
+    placement: Placement,
+    excluded: Mapping[int, str],
+    ranges: Ranges,
+    context: Context,
+) -> dict[int, str]:
+    """By id of a node, what onnxruntime measured on this machine that speaks against its island.
+
+    Raises:
+        PipelineError: the target is another machine, or there are no inputs to measure with.
+    """
+    if not target.runs_here:
+        raise PipelineError(f"qdq:autotune measures in onnxruntime on this CPU, and {target.name} runs elsewhere")
+    feed = next(iter(context.samples), None) if context.samples is not None else None
+    if feed is None:
+        raise PipelineError("qdq:autotune needs inputs to measure with: give --data")
+    islands = islands_of(graph, placement)
+    position_of = {id(node): position for position, node in enumerate(graph.nodes)}
+
+    def build(left_out: Sequence[int]) -> Model:
+        copy = copy_graph(graph)
+        gone = {id(node) for position in left_out for node in islands[position].nodes}
+        floats = {position_of[key]: excluded.get(key, "") for key in (*gone, *excluded) if key in position_of}
+        _quantize(copy, target, {id(copy.nodes[position]): why for position, why in floats.items()}, ranges)
+        return Model(copy, context.frame)
+
+    tuned = tune(islands, build, feed, progress=context.progress)
+    return {id(node): reason for position, reason in tuned.reasons.items() for node in islands[position].nodes}
+
+
+def _quantize(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> Placement:
+    """Insert the pairs everywhere but at excluded nodes; `excluded` gains those whose ranges are not known."""
+    placement = _place_with_ranges(graph, target, excluded, ranges)
+    if decomposed := [node for node in placement.nodes if node.op in target.decomposed]:
+        ranges = decompose_activations(graph, decomposed, ranges)
+        infer_shapes(graph)
+        placement = _place_with_ranges(graph, target, excluded, ranges)
+    _Insertion(graph, target, placement, ranges).run()
+    return placement
 
 
 def _place_with_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> Placement:

@@ -49,6 +49,21 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What int8 saves and costs on a device, in nanoseconds, to tell which operators are too small for it.
+
+    Attributes:
+        saved_ns_per_mac: by operator type, for sums over many channels.
+        border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
+        border_ns_per_element: of the tensor there.
+    """
+
+    saved_ns_per_mac: Mapping[str, float]
+    border_ns: float
+    border_ns_per_element: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A runtime and device that Q/DQ graphs are made for.
 
@@ -66,6 +81,7 @@ class Target:
             depthwise kernels do not.
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
+        costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
     """
 
@@ -83,4 +99,5 @@ class Target:
     stores_int8_weights: bool = True
     saturates: bool = False
     runs_here: bool = False
+    costs: Costs | None = None
     notes: tuple[str, ...] = ()
