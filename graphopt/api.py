@@ -1,4 +1,4 @@
-"""What a Python caller uses: `optimize`, `check` and `inspect`; the command line is a thin layer over these."""
+"""What a Python caller uses: `optimize`, `check`, `lint` and `inspect`; the command line is a thin layer over these."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from graphopt.feeds import Samples
 from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
+from graphopt.lint import LintReport, lint_model
 from graphopt.made_up import made_up_samples
 from graphopt.merging import merged
 from graphopt.model_io import Model, Source, load_model, refuse_target
@@ -224,6 +225,19 @@ def check(
         fitting = made_up_samples(open_session(float_model))
         fitting = fitting if samples is None else fitting.first(samples)
     return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
+
+
+def lint(model: Source, target: str = "ort-cpu") -> LintReport:
+    """Hold a model, quantized by any tool, against the rules of a target.
+
+    Args:
+        model: a path, a ModelProto or a gs.Graph; left as it is.
+        target: a name in `graphopt.targets.TARGETS`.
+
+    Raises:
+        GraphoptError: the model cannot be read, or there is no such target.
+    """
+    return lint_model(load_model(model), target_named(target))
 
 
 def inspect(model: Source) -> Inspection:

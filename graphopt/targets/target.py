@@ -5,10 +5,11 @@ Placement (`graphopt.placement`) reads this table and knows no operator by name;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from graphopt.lint_rules.rule import LintRule, Subject
 from graphopt.quantization import QuantType
 
 
@@ -61,6 +62,8 @@ class Target:
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
         notes: what the report should say about a model for this target.
+        lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rules`.
+        lint_figures: what it counts besides, by name.
     """
 
     name: str
@@ -76,3 +79,5 @@ class Target:
     saturates: bool = False
     runs_here: bool = False
     notes: tuple[str, ...] = ()
+    lint_rules: tuple[LintRule, ...] = ()
+    lint_figures: Callable[[Subject], Mapping[str, int | float]] | None = None

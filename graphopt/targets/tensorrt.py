@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from graphopt.lint_rules.tensorrt_errors import TENSORRT_ERRORS
+from graphopt.lint_rules.tensorrt_warnings import TENSORRT_WARNINGS
 from graphopt.quantization import INT8_SYMMETRIC, INT8_WEIGHT
 from graphopt.targets.target import Role, Rule, Target
 
@@ -42,4 +44,5 @@ TENSORRT = Target(
     quantizes_outputs=False,
     residual_adds=True,
     stores_int8_weights=False,
+    lint_rules=(*TENSORRT_ERRORS, *TENSORRT_WARNINGS),
 )
