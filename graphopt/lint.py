@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graphopt.lint_rules import Finding, LintRule, Severity, Subject
+from graphopt.lint_rule import Finding, LintRule, Severity, Subject
 from graphopt.model_io import Model
 from graphopt.targets import Target
 
@@ -66,7 +66,7 @@ class LintReport:
 
 def lint_model(model: Model, target: Target) -> LintReport:
     """Hold a model against the rules of a target; the model is left as it is."""
-    subject = Subject(model)
+    subject = Subject(model, target)
     findings = [finding for rule in target.lint_rules for finding in rule.findings(subject)]
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     return LintReport(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from graphopt.lint_rules.rule import LintRule, Subject
+from graphopt.lint_rule import LintRule, Subject
 from graphopt.quantization import QuantType
 
 
@@ -62,7 +62,7 @@ class Target:
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
         notes: what the report should say about a model for this target.
-        lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rules`.
+        lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rule`.
         lint_figures: what it counts besides, by name.
     """
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from graphopt.lint_rules.tensorrt_errors import TENSORRT_ERRORS
-from graphopt.lint_rules.tensorrt_warnings import TENSORRT_WARNINGS
 from graphopt.quantization import INT8_SYMMETRIC, INT8_WEIGHT
 from graphopt.targets.target import Role, Rule, Target
+from graphopt.targets.tensorrt_errors import TENSORRT_ERRORS
+from graphopt.targets.tensorrt_warnings import TENSORRT_WARNINGS
 
 _WEIGHTED = Rule(
     role=Role.GAINS,

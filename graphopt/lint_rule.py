@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import onnx_graphsurgeon as gs
 
@@ -19,6 +19,9 @@ from graphopt.graph import all_graphs
 from graphopt.model_io import Model
 from graphopt.quantizers import Quantizer, quantizer_of
 from graphopt.shapes import infer_shapes
+
+if TYPE_CHECKING:  # a target names its rules, so it imports them
+    from graphopt.targets.target import Target
 
 Result = TypeVar("Result")
 Places = Iterator[tuple[str, str]]
@@ -78,12 +81,14 @@ class Subject:
 
     Attributes:
         model: a copy whose shapes are inferred as far as possible.
+        target: what it is judged for.
         nodes: every node, those in branches and bodies too.
 
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, target: Target) -> None:
         self.model = model.copy()
+        self.target = target
         self.shape_error: str | None = None
         try:
             infer_shapes(self.model.graph)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.graph import constant_of, has_input, is_constant, label_of, present, producer
-from graphopt.lint_rules.rule import LintRule, Places, Severity, Subject, rule
+from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.operators import ELEMENTWISE
 from graphopt.quantizers import Quantizer, dequantizer_of, dtype_of, is_weight, quantizer_of, quantizers_after
 from graphopt.sizes import fixed_shape

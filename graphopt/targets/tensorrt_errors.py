@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from graphopt.graph import has_input, label_of
-from graphopt.lint_rules.rule import LintRule, Places, Severity, Subject, rule
+from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.quantizers import Quantizer, dequantizer_of, dtype_of, is_weight
 from graphopt.sizes import fixed_shape
 
