@@ -38,6 +38,7 @@ class Group:
             activation function where that is what stands between.
         activation: that activation function.
         quantizer: the QuantizeLinear there.
+        exposed: of the node's output and the result, those that are graph outputs.
 
     """
 
@@ -47,6 +48,7 @@ class Group:
     result: gs.Tensor
     activation: gs.Node | None
     quantizer: Quantizer | None
+    exposed: tuple[gs.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,16 @@ def _is_expected(node: gs.Node, subject: Subject) -> bool:
 
 def _why_float(node: gs.Node, subject: Subject) -> tuple[str, str] | None:
     """The id of the rule that is broken, and the reason."""
-    target = subject.target
-    if node.op not in target.rules:
-        reason = target.stays_float.get(node.op, f"onnxruntime has no int8 kernel for {node.op}")
-        quantized = any(dequantizer_of(tensor) is not None for tensor in present(node.inputs))
-        advice = _INSTEAD.get(node.op, "the pairs around it only cost time, remove them") if quantized else ""
-        return "ORT017", f"{reason}: {advice}" if advice else reason
+    if node.op not in subject.target.rules:
+        reason = subject.target.stays_float.get(node.op, f"onnxruntime has no int8 kernel for {node.op}")
+        if all(dequantizer_of(tensor) is None for tensor in present(node.inputs)):
+            return "ORT017", reason
+        advice = _INSTEAD.get(node.op, "the pairs around it only cost time, remove them")
+        return "ORT017", f"{reason}: {advice}"
     group = group_of(node, subject)
     for name, guard in _GUARDS.items():
-        if (reason := guard(group, subject)) is not None:
-            return name, reason
+        if (found := guard(group)) is not None:
+            return name, found
     return None
 
 
@@ -128,7 +130,8 @@ def group_of(node: gs.Node, subject: Subject) -> Group:
         result = add.outputs[0]
     if rule.role is not Role.COMMUTES and (found := _only_reader(result, subject.target.absorbed, subject)):
         activation, result = found, found.outputs[0]
-    return Group(node, rule, inputs, result, activation, next(quantizers_after(result), None))
+    exposed = tuple(tensor for tensor in (node.outputs[0], result) if subject.is_output(tensor))
+    return Group(node, rule, inputs, result, activation, next(quantizers_after(result), None), exposed)
 
 
 def _only_reader(tensor: gs.Tensor, operators: frozenset[str] | set[str], subject: Subject) -> gs.Node | None:
@@ -143,14 +146,14 @@ def _around(group: Group) -> Iterator[Quantizer]:
         yield group.quantizer
 
 
-def _scale_is_computed(group: Group, subject: Subject) -> str | None:
+def _scale_is_computed(group: Group) -> str | None:
     for each in _around(group):
         if each.scale is None or each.zero_point is None:
             return f"scale or zero point of {each.label} is computed at run time: make both constants"
     return None
 
 
-def _input_is_float(group: Group, subject: Subject) -> str | None:
+def _input_is_float(group: Group) -> str | None:
     lacking = [group.node.inputs[index].name for index, each in group.inputs.items() if each is None]
     if not lacking:
         return None
@@ -159,14 +162,16 @@ def _input_is_float(group: Group, subject: Subject) -> str | None:
     return f"its input {lacking[0]} comes from no DequantizeLinear: quantize it too"
 
 
-def _output_is_graph_output(group: Group, subject: Subject) -> str | None:
-    for tensor in (group.node.outputs[0], group.result):
-        if subject.is_output(tensor) and (group.rule.needs_output or group.quantizer is not None):
-            return f"its output {tensor.name} is a graph output, with no pair before it: put one there, or accept it"
-    return None
+def _output_is_graph_output(group: Group) -> str | None:
+    if not group.exposed or not (group.rule.needs_output or group.quantizer is not None):
+        return None
+    return (
+        f"its output {group.exposed[0].name} is a graph output, with no pair before it: put one there, or accept it "
+        "where the operator is small"
+    )
 
 
-def _output_has_no_quantizer(group: Group, subject: Subject) -> str | None:
+def _output_has_no_quantizer(group: Group) -> str | None:
     if group.quantizer is not None:
         return None
     if not group.rule.needs_output and group.result is group.node.outputs[0]:
@@ -176,7 +181,7 @@ def _output_has_no_quantizer(group: Group, subject: Subject) -> str | None:
     return f"its output {group.result.name} has no Q: {', '.join(readers[:2])} {verb} it as float"
 
 
-def _output_has_other_readers(group: Group, subject: Subject) -> str | None:
+def _output_has_other_readers(group: Group) -> str | None:
     readers = group.result.outputs
     if group.quantizer is None or len(readers) == 1:
         return None
@@ -187,7 +192,7 @@ def _output_has_other_readers(group: Group, subject: Subject) -> str | None:
     )
 
 
-def _bias_has_another_scale(group: Group, subject: Subject) -> str | None:
+def _bias_has_another_scale(group: Group) -> str | None:
     if group.node.op not in ("Conv", "Gemm") or not has_input(group.node, 2):
         return None
     bias, values, weight = dequantizer_of(group.node.inputs[2]), group.inputs.get(0), group.inputs.get(1)
@@ -203,7 +208,7 @@ def _bias_has_another_scale(group: Group, subject: Subject) -> str | None:
     return None
 
 
-def _activation_stays(group: Group, subject: Subject) -> str | None:
+def _activation_stays(group: Group) -> str | None:
     if group.activation is None or group.quantizer is None or group.quantizer.zero_point is None:
         return None
     dtype = group.quantizer.stored_dtype
@@ -218,7 +223,7 @@ def _activation_stays(group: Group, subject: Subject) -> str | None:
     )
 
 
-def _types_differ(group: Group, subject: Subject) -> str | None:
+def _types_differ(group: Group) -> str | None:
     values, weight = group.inputs.get(0), group.inputs.get(1)
     stored = [each.stored_dtype for each in _around(group) if each is not weight or group.rule.role is not Role.GAINS]
     names = [dtype.name for dtype in stored if dtype is not None]
@@ -226,13 +231,14 @@ def _types_differ(group: Group, subject: Subject) -> str | None:
         return f"it has no kernel for {next(name for name in names if name not in ('int8', 'uint8'))}: use uint8"
     if len(set(names)) > 1:
         return f"its inputs and its output are stored as {' and '.join(sorted(set(names)))}: use one type"
-    if group.rule.role is Role.GAINS and values is not None and weight is not None:
-        if values.stored_dtype == np.int8 and weight.stored_dtype == np.uint8:
-            return "its weight is uint8 and its activation int8: store the weight as int8"
+    if values is None or weight is None or group.rule.role is not Role.GAINS:
+        return None
+    if values.stored_dtype == np.int8 and weight.stored_dtype == np.uint8:
+        return "its weight is uint8 and its activation int8: store the weight as int8"
     return None
 
 
-def _int8_has_two_readers(group: Group, subject: Subject) -> str | None:
+def _int8_has_two_readers(group: Group) -> str | None:
     stored = [each.data for each in group.inputs.values() if each is not None and not is_weight(each)]
     stored += [] if group.quantizer is None else [group.quantizer.output]
     for tensor in stored:
@@ -245,7 +251,7 @@ def _int8_has_two_readers(group: Group, subject: Subject) -> str | None:
     return None
 
 
-def _scales_differ(group: Group, subject: Subject) -> str | None:
+def _scales_differ(group: Group) -> str | None:
     before = group.inputs.get(0)
     if group.rule.role is not Role.COMMUTES or before is None or group.quantizer is None:
         return None
@@ -254,7 +260,7 @@ def _scales_differ(group: Group, subject: Subject) -> str | None:
     return "its input and output have different scales, and it only moves values: give both the input's"
 
 
-def _shape_of_the_product(group: Group, subject: Subject) -> str | None:
+def _shape_of_the_product(group: Group) -> str | None:
     node, weight = group.node, group.inputs.get(1)
     if node.op == "Gemm" and (node.attrs.get("transA", 0) or node.attrs.get("beta", 1.0) != 1.0):
         return "int8 kernels of Gemm need transA = 0 and beta = 1"
@@ -264,7 +270,7 @@ def _shape_of_the_product(group: Group, subject: Subject) -> str | None:
     return f"its weight has scales along axis {weight.axis}; they must run along axis {axis}, the output channels"
 
 
-Guard = Callable[[Group, Subject], str | None]
+Guard = Callable[[Group], str | None]
 _GUARDS: dict[str, Guard] = {
     "ORT018": _scale_is_computed,
     "ORT010": _input_is_float,
