@@ -1,7 +1,7 @@
 """Which operators onnxruntime leaves in float, and why: read off the Q/DQ graph as it stands in the file.
 
 A group is fused into an int8 kernel when every input comes from a DequantizeLinear, the output goes to one
-QuantizeLinear and is no graph output, scales and zero points are constant, and the types fit (core/optimizer/
+QuantizeLinear and is no graph output, and the types fit (core/optimizer/
 qdq_transformer in onnxruntime's source; held against the installed version by tests/test_lint_ort.py). The guards
 below name the first condition that fails. Where the model can be loaded, the optimized graph says which operators are
 in float, and the guards only why; for another machine, the guards decide.
@@ -23,7 +23,6 @@ from graphopt.quantizers import Quantizer, dequantizer_of, dtype_of, is_weight, 
 from graphopt.targets.target import Role, Rule
 
 _INSTEAD = {"BatchNormalization": "fold it before the model is quantized (strip-qdq, fold, calibrate, qdq)"}
-_WEIGHT_AXIS = {"Conv": 0, "MatMul": 1}
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,9 @@ def _around(group: Group) -> Iterator[Quantizer]:
 
 
 def _scale_is_computed(group: Group) -> str | None:
+    """Kernels take scales as inputs; only those that onnxruntime compares before and behind must be constant."""
+    if group.rule.role is not Role.COMMUTES:
+        return None
     for each in _around(group):
         if each.scale is None or each.zero_point is None:
             return f"scale or zero point of {each.label} is computed at run time: make both constants"
@@ -260,14 +262,23 @@ def _scales_differ(group: Group) -> str | None:
     return "its input and output have different scales, and it only moves values: give both the input's"
 
 
-def _shape_of_the_product(group: Group) -> str | None:
+def _form_of_the_product(group: Group) -> str | None:
     node, weight = group.node, group.inputs.get(1)
     if node.op == "Gemm" and (node.attrs.get("transA", 0) or node.attrs.get("beta", 1.0) != 1.0):
         return "int8 kernels of Gemm need transA = 0 and beta = 1"
-    axis = (0 if node.attrs.get("transB", 0) else 1) if node.op == "Gemm" else _WEIGHT_AXIS.get(node.op)
-    if axis is None or weight is None or weight.is_per_tensor or weight.axis == axis:
+    axis = None if weight is None else scale_axis(node, weight)
+    if weight is None or axis is None or weight.is_per_tensor or weight.axis == axis:
         return None
     return f"its weight has scales along axis {weight.axis}; they must run along axis {axis}, the output channels"
+
+
+def scale_axis(node: gs.Node, weight: Quantizer) -> int | None:
+    """The axis of a weight along which int8 kernels take scales; None where they take one scale."""
+    if node.op == "Gemm":
+        return 0 if node.attrs.get("transB", 0) else 1
+    if node.op == "MatMul" and weight.data.shape is not None:
+        return len(weight.data.shape) - 1
+    return 0 if node.op == "Conv" else None
 
 
 Guard = Callable[[Group], str | None]
@@ -282,5 +293,5 @@ _GUARDS: dict[str, Guard] = {
     "ORT019": _types_differ,
     "ORT016": _int8_has_two_readers,
     "ORT020": _scales_differ,
-    "ORT021": _shape_of_the_product,
+    "ORT021": _form_of_the_product,
 }

@@ -18,7 +18,7 @@ from graphopt.int8_proof import Int8Proof
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.macs import macs_by_node
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight
-from graphopt.targets.ort_float import float_operators, proof
+from graphopt.targets.ort_float import float_operators, proof, scale_axis
 from graphopt.targets.target import Role
 from graphopt.targets.tensorrt_errors import places_of_early_axes
 
@@ -43,6 +43,27 @@ def the_model_loads(subject: Subject) -> Places:
     found = subject.shared(proof)
     if isinstance(found, ModelError):
         yield "", f"it is refused: {found}"
+
+
+@rule("ORT022", Severity.ERROR)
+def scales_of_weights_follow_output_channels(subject: Subject) -> Places:
+    """Scales of a Conv's or a Gemm's weight run along its output channels.
+
+    Source: onnxruntime 1.32 fuses others too, and applies them to the output channels: its result is wrong.
+    """
+    for node in subject.nodes:
+        weight = _weight_of(subject, node.op, node.inputs)
+        if node.op not in ("Conv", "Gemm") or weight is None or weight.is_per_tensor:
+            continue
+        axis = scale_axis(node, weight)
+        if weight.axis != axis:
+            yield (
+                label_of(node),
+                (
+                    f"its weight has scales along axis {weight.axis}, which onnxruntime applies to axis {axis} "
+                    f"in silence: quantize the weight along axis {axis}"
+                ),
+            )
 
 
 @rule("ORT003", Severity.INFO)
@@ -195,7 +216,7 @@ _FLOAT_REASONS = (
     _reason("ORT015", "The Q behind an activation function makes it redundant"),
     _reason("ORT016", "Activations that several operators read are uint8"),
     _reason("ORT017", "Pairs stand around operators that have an int8 kernel"),
-    _reason("ORT018", "Scales and zero points are constant"),
+    _reason("ORT018", "Scales that onnxruntime has to compare are constant"),
     _reason("ORT019", "Stored types fit together"),
     _reason("ORT020", "Operators that only move values keep the scale"),
     _reason("ORT021", "Matrix products have the form that int8 kernels take"),
@@ -205,6 +226,7 @@ _FLOAT_REASONS = (
 _COMMON: tuple[LintRule, ...] = (
     scales_by_channel_have_opset_13,
     the_model_is_quantized,
+    scales_of_weights_follow_output_channels,
     *_FLOAT_REASONS,
     weights_are_int8,
 )
