@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import all_graphs
+from graphopt.errors import ModelError
+from graphopt.graph import all_graphs, label_of
 from graphopt.model_io import Model
 from graphopt.protobuf import all_graph_protos
 from graphopt.runtime import optimized_graph
@@ -56,7 +57,11 @@ def prove(model: Model) -> Int8Proof:
         node.name = f"{_MARK}{number}"
     in_int8: set[int] = set()
     in_float: set[int] = set()
-    optimized = optimized_graph(marked, layouts=False)
+    try:
+        optimized = optimized_graph(marked, layouts=False)
+    except ModelError as error:
+        named = re.sub(rf"{_MARK}(\d+)", lambda match: label_of(nodes[int(match[1])]), str(error))
+        raise ModelError(named) from error
     kinds: Counter[str] = Counter()
     for graph in all_graph_protos(optimized):
         stored = _stored_tensors(graph)

@@ -23,7 +23,7 @@ class LintReport:
     model: str
     target: str
     findings: tuple[Finding, ...]
-    rules: tuple[LintRule, ...]  # that were asked
+    titles: Mapping[str, str]  # of the rules that were asked, by id
     figures: Mapping[str, int | float]  # by what they count
 
     def count(self, severity: Severity) -> int:
@@ -60,7 +60,7 @@ class LintReport:
             "counts": {severity.value: counts[severity.value] for severity in Severity},
             "figures": dict(self.figures),
             "findings": findings,
-            "rules": {rule.id: rule.title for rule in self.rules},
+            "rules": dict(self.titles),
         }
 
 
@@ -73,7 +73,7 @@ def lint_model(model: Model, target: Target) -> LintReport:
         model="" if model.path is None else str(model.path),
         target=target.name,
         findings=tuple(findings),
-        rules=target.lint_rules,
+        titles={rule.id: rule.title for rule in target.lint_rules},
         figures={} if target.lint_figures is None else target.lint_figures(subject),
     )
 

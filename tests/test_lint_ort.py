@@ -11,6 +11,7 @@ import pytest
 from comparing import build
 
 import graphopt
+from graphopt.api import _lint_warnings
 from graphopt.cli import main
 from graphopt.lint import lint_model
 from graphopt.model_io import load_model
@@ -209,6 +210,43 @@ def test_layouts_of_memory_fuse_nothing_more():
     ]
     for kind in ("QLinearConv", "QLinearAdd", "Conv", "FusedConv"):
         assert kinds[0][kind] == kinds[1][kind], kind
+
+
+def test_functions_are_looked_into():
+    model = model_with(CASES["ORT011"][0])
+    function = onnx.helper.make_function(
+        "mine", "Negated", ["a"], ["b"], [onnx.helper.make_node("Neg", ["a"], ["b"])], list(model.opset_import)
+    )
+    model.functions.append(function)
+    model.opset_import.append(onnx.helper.make_opsetid("mine", 1))
+    model.graph.node[-1].op_type, model.graph.node[-1].domain = "Negated", "mine"
+    model.ir_version = 9
+    finding, *_ = graphopt.lint(model).findings
+    assert "(Neg)" in finding.message
+
+
+def test_the_model_is_left_as_it_is():
+    model = model_with(GOOD)
+    before = model.SerializeToString()
+    graphopt.lint(model)
+    assert model.SerializeToString() == before
+
+
+def test_optimize_lints_what_it_quantized(tmp_path, capsys):
+    out, report = tmp_path / "q.onnx", tmp_path / "r.json"
+    source, passes = str(MODELS / "fmnist_resnet.onnx"), "fold,calibrate:method=minmax,qdq"
+    assert main(["optimize", source, "--passes", passes, "-o", str(out), "--report", str(report)]) == 0
+    assert "lint: no rule of ort-cpu is broken" in capsys.readouterr().out
+    found = json.loads(report.read_text(encoding="utf-8"))["lint"]
+    assert found["figures"]["share of MACs in int8"] == 1
+
+
+def test_a_result_slower_than_float_is_said_with_the_advice():
+    result = graphopt.optimize(MODELS / "fmnist_resnet.onnx", "fold,calibrate:method=minmax,qdq")
+    result.report.check = replace(result.report.check, reference_latency=1.0, other_latency=2.0)
+    (warning,) = _lint_warnings(result.report)
+    assert "2.00 x the time" in warning
+    assert "keep the float model" in warning
 
 
 # ---------------------------------------------------------------- the command

@@ -25,6 +25,12 @@ def print_lint(report: LintReport, console: Console) -> None:
     console.print(f"[{colour}]{escape(report.verdict)}[/{colour}]")
 
 
+def print_lint_summary(report: LintReport, console: Console) -> None:
+    """The verdict and the figures, on one line."""
+    figures = ", ".join(f"{name}: {_figure(value)}" for name, value in report.figures.items())
+    console.print(f"lint: {escape(report.verdict)}{escape(f' ({figures})') if figures else ''}")
+
+
 def print_rules(target: Target, console: Console) -> None:
     """Every rule of a target."""
     table = Table(title=f"rules of {target.name}", title_justify="left", title_style="bold")
@@ -42,14 +48,13 @@ def _finding_table(report: LintReport) -> Table:
     table.add_column("rule", no_wrap=True)
     table.add_column("places", justify="right")
     table.add_column("what is wrong, and what to do", overflow="fold")
-    titles = {rule.id: rule.title for rule in report.rules}
     groups: dict[str, list[Finding]] = {}
     for finding in report.findings:
         groups.setdefault(finding.rule, []).append(finding)
     for rule, findings in groups.items():
         severity = findings[0].severity
         heading = f"[{_COLOURS[severity]}]{rule}\n{severity.value}[/{_COLOURS[severity]}]"
-        table.add_row(heading, str(len(findings)), f"[bold]{escape(titles[rule])}[/bold]\n{_places(findings)}")
+        table.add_row(heading, str(len(findings)), f"[bold]{escape(report.titles[rule])}[/bold]\n{_places(findings)}")
     return table
 
 
