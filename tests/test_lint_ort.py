@@ -249,6 +249,12 @@ def test_a_result_slower_than_float_is_said_with_the_advice():
     assert "keep the float model" in warning
 
 
+def test_the_documentation_lists_every_rule_with_its_severity_and_title():
+    page = (MODELS.parent / "docs" / "lint.md").read_text(encoding="utf-8")
+    for rule in (*RULES.values(), *target_named("tensorrt").lint_rules):
+        assert f"| {rule.id} | {rule.severity.value} | {rule.title} |" in page
+
+
 # ---------------------------------------------------------------- the command
 
 
