@@ -7,14 +7,16 @@
 
 QuantizeLinear does three things: it rounds, it scales, and it clips to [(qmin - z) * s, (qmax - z) * s]. Rounding goes.
 Scaling stays where Q and DQ differ. Clipping is a side effect where the range was calibrated, and goes too; but tools
-let it stand for a Relu or a Clip that they remove, and then it is part of the network. What is known of that:
+let it stand for a Relu or a Clip that they remove, and then it is part of the network:
 
-- A zero point at the lowest stored value clips at 0 exactly. Tools choose it for tensors that are never negative; where
-  the tensor is one already (behind a Relu, a Sigmoid, a MaxPool of such), nothing is lost. Elsewhere a Relu takes the
-  place of the pair: right where it stood for a Relu, and for a tensor that happened to have no negative values in
-  calibration it repeats what the quantized graph does. Zero points at the highest value: the same, as a Clip to 0.
-- The upper end of a range comes from calibration; nobody can tell whether it stood for a Relu6 too. It goes, as the
-  option `clips=none` lets the lower one go, unless `clips=all` keeps both ends of all activations as Clip nodes.
+- A zero point at the lowest stored value clips at 0 exactly. Where the tensor is never negative anyway (behind a Relu, a
+  Sigmoid, a MaxPool of such), or is a graph input, nothing was removed and nothing is lost. Elsewhere the Q stands for
+  an activation function, and the file does not tell a Relu from a Relu6, whose upper end a network may depend on (hard-
+  swish without it grows without bound). So both ends stay, as one Clip: what the quantized graph does, without the
+  rounding. `clips=relu` keeps the lower end alone, for networks that have no other activation function.
+- A zero point at the highest value: the same, upside down.
+- With other zero points, nothing tells a calibrated range from a Clip that was removed; both ends go. `clips=all` keeps
+  those of every activation.
 - With different scales, the pair was made by hand, such as for hard-swish, and clips on purpose: both ends stay.
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
@@ -60,7 +62,8 @@ _MOST_STEPS = 64  # of a search backwards for what makes a tensor never negative
 class Clips(Enum):
     """Which ends of the range of an activation become Relu or Clip nodes."""
 
-    AUTO = "auto"
+    AUTO = "auto"  # both, where the Q may stand for an activation function that clips at 0
+    RELU = "relu"  # there, the end at 0 alone
     NONE = "none"
     ALL = "all"
 
@@ -74,7 +77,9 @@ class StripQdq(Pass):
 
     clips: Clips = field(
         default=Clips.AUTO,
-        metadata={"help": "ends of ranges that stay as Relu or Clip: auto, where a Q may stand for a Relu; none; all"},
+        metadata={
+            "help": "ends of ranges that stay as Clip: auto, where a Q may stand for a Relu6; relu, there as Relu; none; all"
+        },
     )
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
@@ -149,8 +154,7 @@ class _Stripping:
         low, high = _ends(quantizer)
         changes = bool(np.any(factor != 1) or np.any(shift != 0))
         if not changes and self.clips is not Clips.ALL:
-            is_end = self.clips is Clips.AUTO and not _has_sign(quantizer.data, low, high)
-            low, high = (0.0 if is_end and low == 0 else None), (0.0 if is_end and high == 0 else None)
+            low, high = self._meant_ends(quantizer, low, high)
         if quantizer.is_per_tensor and (low is not None or high is not None):
             values = self._clip(graph, quantizer, low, high)
         else:
@@ -162,6 +166,16 @@ class _Stripping:
             if np.any(shift != 0):
                 values = self._with_constant(graph, "Add", values, shift, quantizer)
         return values
+
+    def _meant_ends(
+        self, quantizer: Quantizer, low: float | None, high: float | None
+    ) -> tuple[float | None, float | None]:
+        """Of the ends of a range, those that stand for an activation function."""
+        if self.clips is Clips.NONE or 0 not in (low, high) or _needs_no_activation(quantizer.data, low):
+            return None, None
+        if self.clips is Clips.AUTO:
+            return low, high
+        return (0.0, None) if low == 0 else (None, 0.0)
 
     def _clip(self, graph: gs.Graph, quantizer: Quantizer, low: float | None, high: float | None) -> gs.Tensor:
         key = id(quantizer.node), low, high
@@ -281,12 +295,14 @@ def _ends(quantizer: Quantizer) -> tuple[float | None, float | None]:
     return (int(limits.min) - zero_point) * scale, (int(limits.max) - zero_point) * scale
 
 
-def _has_sign(tensor: gs.Tensor, low: float | None, high: float | None) -> bool:
-    """Whether a tensor is never negative anyway, where that is all that the Q's lower end could see to."""
-    if high == 0:
+def _needs_no_activation(tensor: gs.Tensor, low: float | None) -> bool:
+    """Whether a tensor is a graph input, or never negative where that is all that a range from `low` sees to."""
+    if producer(tensor) is None:
+        return True
+    if low != 0:
         return False
     waiting, steps = [tensor], 0
-    while waiting and low == 0:
+    while waiting:
         node = producer(waiting.pop())
         steps += 1
         if node is None or steps > _MOST_STEPS:

@@ -117,14 +117,25 @@ def test_quantizers_of_onnxruntimes_own_domain_go_too():
 
 
 @pytest.mark.parametrize("zero_point", ["low", "u0"])
-def test_a_quantizer_that_clips_at_zero_leaves_a_relu(zero_point):
-    body = f"q = QuantizeLinear(x, s, {zero_point}) d = DequantizeLinear(q, s, {zero_point}) y = Neg(d)"
-    assert_strips_to(body, "r = Relu(x) y = Neg(r)")
+def test_a_quantizer_that_clips_at_zero_leaves_a_clip_of_its_range(zero_point):
+    body = f"n = Neg(x) q = QuantizeLinear(n, s, {zero_point}) d = DequantizeLinear(q, s, {zero_point}) y = Neg(d)"
+    assert_strips_to(body, "n = Neg(x) top = Constant<value_float=12.75>() c = Clip(n, zero, top) y = Neg(c)")
+    after, _ = stripped(model_with(body), clips=Clips.RELU)
+    assert_equal_outputs(model_with("n = Neg(x) r = Relu(n) y = Neg(r)"), after)
+    assert ops(after) == {"Neg": 2, "Relu": 1}
 
 
 def test_a_quantizer_that_clips_above_zero_leaves_a_clip():
-    body = "q = QuantizeLinear(x, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
-    assert_strips_to(body, "c = Clip(x, , zero) y = Neg(c)")
+    body = "n = Neg(x) q = QuantizeLinear(n, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
+    expected = "n = Neg(x) low = Constant<value_float=-12.75>() c = Clip(n, low, zero) y = Neg(c)"
+    assert_strips_to(body, expected)
+    after, _ = stripped(model_with(body), clips=Clips.RELU)
+    assert_equal_outputs(model_with("n = Neg(x) c = Clip(n, , zero) y = Neg(c)"), after)
+
+
+def test_a_graph_input_stands_for_no_activation_function():
+    body = "q = QuantizeLinear(x, s, low) d = DequantizeLinear(q, s, low) y = Neg(d)"
+    assert_strips_to(body, "y = Neg(x)")
 
 
 @pytest.mark.parametrize("before", ["Relu(x)", "Sigmoid(x)", "Clip(x, zero, six)"])
@@ -137,7 +148,7 @@ def test_no_relu_is_added_where_nothing_is_negative(before):
 
 
 def test_clips_can_all_go_or_all_stay():
-    body = "q = QuantizeLinear(x, s, low) d = DequantizeLinear(q, s, low) y = Neg(d)"
+    body = "n = Neg(x) q = QuantizeLinear(n, s, low) d = DequantizeLinear(q, s, low) y = Neg(d)"
     assert list(ops(stripped(model_with(body), clips=Clips.NONE)[0])) == ["Neg"]
     after, _ = stripped(model_with(f"{PAIR} y = Neg(d)"), clips=Clips.ALL)
     expected = "lo = Constant<value_float=-6.4>() hi = Constant<value_float=6.35>() c = Clip(x, lo, hi) y = Neg(c)"
@@ -145,9 +156,9 @@ def test_clips_can_all_go_or_all_stay():
 
 
 def test_the_clip_of_an_old_opset_has_attributes():
-    body = "q = QuantizeLinear(x, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
+    body = "n = Neg(x) q = QuantizeLinear(n, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
     after, _ = stripped(model_with(body, opset=10))
-    assert ops(after) == {"Clip": 1, "Neg": 1}
+    assert ops(after) == {"Clip": 1, "Neg": 2}
 
 
 def test_the_scales_of_hard_swish_stay_as_a_clip_and_a_factor():
