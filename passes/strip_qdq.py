@@ -9,11 +9,11 @@ QuantizeLinear does three things: it rounds, it scales, and it clips to [(qmin -
 Scaling stays where Q and DQ differ. Clipping is a side effect where the range was calibrated, and goes too; but tools
 let it stand for a Relu or a Clip that they remove, and then it is part of the network:
 
-- A zero point at the lowest stored value clips at 0 exactly. Where the tensor is never negative anyway (behind a Relu, a
-  Sigmoid, a MaxPool of such), or is a graph input, nothing was removed and nothing is lost. Elsewhere the Q stands for
-  an activation function, and the file does not tell a Relu from a Relu6, whose upper end a network may depend on (hard-
-  swish without it grows without bound). So both ends stay, as one Clip: what the quantized graph does, without the
-  rounding. `clips=relu` keeps the lower end alone, for networks that have no other activation function.
+- A zero point at the lowest stored value clips at 0 exactly. Where the tensor is never negative anyway (behind a Relu,
+  a Sigmoid, a MaxPool of such), or is a graph input, nothing was removed and nothing is lost. Elsewhere the Q stands
+  for an activation function, and the file does not tell a Relu from a Relu6, whose upper end a network may depend on
+  (hard-swish without it grows without bound). So both ends stay, as one Clip: what the quantized graph does, without
+  the rounding. `clips=relu` keeps the lower end alone, for networks that have no other activation function.
 - A zero point at the highest value: the same, upside down.
 - With other zero points, nothing tells a calibrated range from a Clip that was removed; both ends go. `clips=all` keeps
   those of every activation.
@@ -78,7 +78,7 @@ class StripQdq(Pass):
     clips: Clips = field(
         default=Clips.AUTO,
         metadata={
-            "help": "ends of ranges that stay as Clip: auto, where a Q may stand for a Relu6; relu, there as Relu; none; all"
+            "help": "what stays of ranges: auto, a Clip where a Q may stand for a Relu or Relu6; relu, a Relu there; none; all"
         },
     )
 

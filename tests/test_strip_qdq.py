@@ -127,7 +127,7 @@ def test_a_quantizer_that_clips_at_zero_leaves_a_clip_of_its_range(zero_point):
 
 def test_a_quantizer_that_clips_above_zero_leaves_a_clip():
     body = "n = Neg(x) q = QuantizeLinear(n, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
-    expected = "n = Neg(x) low = Constant<value_float=-12.75>() c = Clip(n, low, zero) y = Neg(c)"
+    expected = "n = Neg(x) least = Constant<value_float=-12.75>() c = Clip(n, least, zero) y = Neg(c)"
     assert_strips_to(body, expected)
     after, _ = stripped(model_with(body), clips=Clips.RELU)
     assert_equal_outputs(model_with("n = Neg(x) c = Clip(n, , zero) y = Neg(c)"), after)
