@@ -141,3 +141,45 @@ def is_weight(quantizer: Quantizer) -> bool:
 def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
     """The dtype of a tensor, types that numpy lacks included; None where it is not known."""
     return None if not tensor.dtype else numpy_dtype(tensor.dtype)
+
+
+def values_of(dequantizer: Quantizer) -> Array:
+    """(w - z) * s in the type that the DequantizeLinear computes."""
+    stored, scale, zero_point = constant_of(dequantizer.data), dequantizer.scale, dequantizer.zero_point
+    assert stored is not None and scale is not None and zero_point is not None
+    dtype = dtype_of(dequantizer.output) or scale.dtype
+    wide = np.float64
+    centred = stored.astype(wide) - _along(dequantizer, zero_point.astype(wide), stored.ndim)
+    return np.asarray(centred * _along(dequantizer, scale.astype(wide), stored.ndim), dtype)
+
+
+def change_by(quantizer: Quantizer, dequantizer: Quantizer) -> tuple[Array, Array]:
+    """What a pair does but for rounding and clipping: x * factor + shift, in shapes that broadcast to x.
+
+    Q gives x / s + z, DQ (q - y) * t; together x * (t / s) + (z - y) * t.
+    """
+    rank = len(quantizer.data.shape or ())
+    dtype = dtype_of(quantizer.data) or np.dtype(np.float32)
+    sides = []
+    for each in (quantizer, dequantizer):
+        assert each.scale is not None and each.zero_point is not None
+        sides.append([_along(each, value.astype(np.float64), rank) for value in (each.scale, each.zero_point)])
+    (s, z), (t, y) = sides
+    return np.asarray(t / s, dtype), np.asarray((z - y) * t, dtype)
+
+
+def ends_of(quantizer: Quantizer) -> tuple[float | None, float | None]:
+    """The lowest and the highest value that pass a Q with one scale; None where the type is no integer."""
+    dtype = quantizer.stored_dtype
+    if dtype is None or dtype.kind not in "iu" or not quantizer.is_per_tensor:
+        return None, None
+    assert quantizer.scale is not None and quantizer.zero_point is not None
+    scale, zero_point, limits = float(quantizer.scale.flat[0]), int(quantizer.zero_point.flat[0]), np.iinfo(dtype)
+    return (int(limits.min) - zero_point) * scale, (int(limits.max) - zero_point) * scale
+
+
+def _along(quantizer: Quantizer, values: Array, rank: int) -> Array:
+    """One value, or a value for each channel in the shape in which it broadcasts."""
+    if quantizer.is_per_tensor:
+        return values.reshape(())
+    return values.reshape([-1 if axis == quantizer.axis else 1 for axis in range(rank)])

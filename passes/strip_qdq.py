@@ -48,7 +48,7 @@ from graphopt.graph import (
 )
 from graphopt.operators import NEVER_NEGATIVE
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
-from graphopt.quantizers import Quantizer, dtype_of, quantizer_of
+from graphopt.quantizers import Quantizer, change_by, dtype_of, ends_of, quantizer_of, values_of
 
 _KEEP_SIGN = frozenset(
     {
@@ -78,7 +78,7 @@ class StripQdq(Pass):
     clips: Clips = field(
         default=Clips.AUTO,
         metadata={
-            "help": "what stays of ranges: auto, a Clip where a Q may stand for a Relu or Relu6; relu, a Relu there; none; all"
+            "help": "what stays of ranges: auto, a Clip where a Q may stand for a Relu6; relu, a Relu there; none; all"
         },
     )
 
@@ -135,10 +135,12 @@ class _Stripping:
     def _strip(self, graph: gs.Graph, dequantizer: Quantizer) -> None:
         quantizer = quantizer_of(producer(dequantizer.data))
         if quantizer is None:
-            values: gs.Tensor = gs.Constant(self.names.fresh(f"{dequantizer.output.name}/float"), _values(dequantizer))
+            values: gs.Tensor = gs.Constant(
+                self.names.fresh(f"{dequantizer.output.name}/float"), values_of(dequantizer)
+            )
             self.parts["weights"] += 1
         elif (constant := constant_of(quantizer.data)) is not None:
-            factor, shift = _change(quantizer, dequantizer)
+            factor, shift = change_by(quantizer, dequantizer)
             values = quantizer.data
             if np.any(factor != 1) or np.any(shift != 0):
                 values = gs.Constant(self.names.fresh(f"{values.name}/scaled"), constant * factor + shift)
@@ -150,8 +152,8 @@ class _Stripping:
 
     def _activation(self, graph: gs.Graph, quantizer: Quantizer, dequantizer: Quantizer) -> gs.Tensor:
         """The real values that a pair hands on: x, clipped and scaled as far as that is meant."""
-        factor, shift = _change(quantizer, dequantizer)
-        low, high = _ends(quantizer)
+        factor, shift = change_by(quantizer, dequantizer)
+        low, high = ends_of(quantizer)
         changes = bool(np.any(factor != 1) or np.any(shift != 0))
         if not changes and self.clips is not Clips.ALL:
             low, high = self._meant_ends(quantizer, low, high)
@@ -260,41 +262,6 @@ def _why_not(dequantizer: Quantizer) -> str | None:
     return None
 
 
-def _values(dequantizer: Quantizer) -> Array:
-    """(w - z) * s in the type that the DequantizeLinear computes."""
-    stored, scale, zero_point = constant_of(dequantizer.data), dequantizer.scale, dequantizer.zero_point
-    assert stored is not None and scale is not None and zero_point is not None  # _why_not
-    dtype = dtype_of(dequantizer.output) or scale.dtype
-    wide = np.float64
-    centred = stored.astype(wide) - _along(dequantizer, zero_point.astype(wide), stored.ndim)
-    return np.asarray(centred * _along(dequantizer, scale.astype(wide), stored.ndim), dtype)
-
-
-def _change(quantizer: Quantizer, dequantizer: Quantizer) -> tuple[Array, Array]:
-    """What a pair does but for rounding and clipping: x * factor + shift, in shapes that broadcast to x.
-
-    Q gives x / s + z, DQ (q - y) * t; together x * (t / s) + (z - y) * t.
-    """
-    rank = len(quantizer.data.shape or ())
-    dtype = dtype_of(quantizer.data) or np.dtype(np.float32)
-    sides = []
-    for each in (quantizer, dequantizer):
-        assert each.scale is not None and each.zero_point is not None  # _why_not
-        sides.append([_along(each, value.astype(np.float64), rank) for value in (each.scale, each.zero_point)])
-    (s, z), (t, y) = sides
-    return np.asarray(t / s, dtype), np.asarray((z - y) * t, dtype)
-
-
-def _ends(quantizer: Quantizer) -> tuple[float | None, float | None]:
-    """The lowest and the highest value that pass a Q with one scale; None where the type is no integer."""
-    dtype = quantizer.stored_dtype
-    if dtype is None or dtype.kind not in "iu" or not quantizer.is_per_tensor:
-        return None, None
-    assert quantizer.scale is not None and quantizer.zero_point is not None  # _why_not
-    scale, zero_point, limits = float(quantizer.scale.flat[0]), int(quantizer.zero_point.flat[0]), np.iinfo(dtype)
-    return (int(limits.min) - zero_point) * scale, (int(limits.max) - zero_point) * scale
-
-
 def _needs_no_activation(tensor: gs.Tensor, low: float | None) -> bool:
     """Whether a tensor is a graph input, or never negative where that is all that a range from `low` sees to."""
     if producer(tensor) is None:
@@ -323,10 +290,3 @@ def _clips_at_zero(node: gs.Node) -> bool:
         return False
     low = constant_of(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else node.attrs.get("min")
     return low is not None and float(np.asarray(low)) >= 0
-
-
-def _along(quantizer: Quantizer, values: Array, rank: int) -> Array:
-    """One value, or a value for each channel in the shape in which it broadcasts."""
-    if quantizer.is_per_tensor:
-        return values.reshape(())
-    return values.reshape([-1 if axis == quantizer.axis else 1 for axis in range(rank)])

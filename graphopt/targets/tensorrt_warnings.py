@@ -6,18 +6,26 @@ M, where NVIDIA's Model Optimizer puts pairs; I, answers of its maintainers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import constant_of, has_input, is_constant, label_of, present, producer
+from graphopt.graph import has_input, is_constant, label_of, present
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.operators import ELEMENTWISE
-from graphopt.quantizers import Quantizer, dequantizer_of, dtype_of, is_weight, quantizer_of, quantizers_after
+from graphopt.quantizers import dequantizer_of, is_weight
 from graphopt.sizes import fixed_shape
+from graphopt.targets.tensorrt_patterns import (
+    first_of,
+    is_quantized,
+    next_quantizer,
+    pairs_behind,
+    reads_a_quantized_operator,
+    residual_adds,
+    second_quantizers,
+    weighted,
+    weighted_before_pair,
+    weighted_producer,
+)
 
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _ACTIVATIONS = frozenset(
     {"BatchNormalization", "Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "PRelu", "Relu", "Sigmoid", "Tanh"}
 )
@@ -38,7 +46,7 @@ def all_inputs_are_quantized_or_none(subject: Subject) -> Places:
 
     Source: D.
     """
-    for node in _weighted(subject):
+    for node in weighted(subject):
         first, second = (dequantizer_of(tensor) for tensor in node.inputs[:2])
         if (first is None) != (second is None):
             lacking = node.inputs[0 if first is None else 1].name
@@ -51,8 +59,8 @@ def no_pair_before_an_activation(subject: Subject) -> Places:
 
     Source: D, I. The Q belongs behind the activation function, at the input of the next operator.
     """
-    for node, dequantizer in _pairs_behind(_weighted(subject)):
-        if (reader := _first(dequantizer.output.outputs, _ACTIVATIONS)) is not None:
+    for node, dequantizer in pairs_behind(weighted(subject)):
+        if (reader := first_of(dequantizer.output.outputs, _ACTIVATIONS)) is not None:
             yield (
                 label_of(node),
                 (
@@ -68,7 +76,7 @@ def biases_are_float(subject: Subject) -> Places:
 
     Source: H, M.
     """
-    for node in _weighted(subject):
+    for node in weighted(subject):
         if has_input(node, 2) and dequantizer_of(node.inputs[2]) is not None:
             yield (
                 label_of(node),
@@ -82,9 +90,9 @@ def the_skip_input_is_quantized(subject: Subject) -> Places:
 
     Source: D; M finds that input by the lowest common ancestor of the branches.
     """
-    for node in _residual_adds(subject):
-        sides = [_weighted_producer(tensor) for tensor in node.inputs]
-        if not any(map(_is_quantized, filter(None, sides))):
+    for node in residual_adds(subject):
+        sides = [weighted_producer(tensor) for tensor in node.inputs]
+        if not any(map(is_quantized, filter(None, sides))):
             continue
         if all(dequantizer_of(tensor) is None for tensor in node.inputs):
             skip = node.inputs[1 if sides[0] is not None else 0].name
@@ -100,7 +108,7 @@ def moving_operators_have_no_pair_of_their_own(subject: Subject) -> Places:
     for node in subject.nodes:
         if node.op not in _COMMUTING:
             continue
-        before, after = dequantizer_of(node.inputs[0]), _next_quantizer(node.outputs[0])
+        before, after = dequantizer_of(node.inputs[0]), next_quantizer(node.outputs[0])
         if before is not None and after is not None:
             cost = "" if before.has_scale_of(after) else ", and its scale differs, so that values are rounded twice"
             yield label_of(node), f"a pair stands on either side of this {node.op}{cost}: remove one of them"
@@ -118,7 +126,7 @@ def pointwise_operators_are_int8_on_both_sides(subject: Subject) -> Places:
         computed = [tensor for tensor in present(node.inputs) if not is_constant(tensor)]
         if not computed or any(dequantizer_of(tensor) is None for tensor in computed):
             continue
-        if _next_quantizer(node.outputs[0]) is None and not _reads_a_quantized_operator(node):
+        if next_quantizer(node.outputs[0]) is None and not reads_a_quantized_operator(node):
             yield (
                 label_of(node),
                 (
@@ -134,9 +142,9 @@ def no_pair_between_an_operator_and_its_add(subject: Subject) -> Places:
 
     Source: D.
     """
-    for node in _residual_adds(subject):
-        parted = [_weighted_before_pair(tensor) for tensor in node.inputs]
-        fused = any(_is_quantized(side) for side in map(_weighted_producer, node.inputs) if side is not None)
+    for node in residual_adds(subject):
+        parted = [weighted_before_pair(tensor) for tensor in node.inputs]
+        fused = any(is_quantized(side) for side in map(weighted_producer, node.inputs) if side is not None)
         if not fused and (found := next(filter(None, parted), None)) is not None:
             yield (
                 label_of(node),
@@ -153,7 +161,7 @@ def weights_have_a_scale_for_each_channel(subject: Subject) -> Places:
 
     Source: D.
     """
-    for node in _weighted(subject):
+    for node in weighted(subject):
         weight = dequantizer_of(node.inputs[1])
         if node.op == "ConvTranspose" or weight is None or not is_weight(weight) or not weight.is_per_tensor:
             continue
@@ -168,7 +176,7 @@ def scales_that_meet_are_equal(subject: Subject) -> Places:
 
     Source: D, M.
     """
-    for first, other in _second_quantizers(subject):
+    for first, other in second_quantizers(subject):
         if not first.has_scale_of(other):
             yield (
                 first.data.name,
@@ -178,7 +186,7 @@ def scales_that_meet_are_equal(subject: Subject) -> Places:
         if node.op != "Concat":
             continue
         found = [each for tensor in node.inputs if (each := dequantizer_of(tensor)) is not None]
-        if after := _next_quantizer(node.outputs[0]):
+        if after := next_quantizer(node.outputs[0]):
             found.append(after)
         if any(not found[0].has_scale_of(each) for each in found[1:]):
             yield label_of(node), "its inputs and its output have different scales: give them one, the largest"
@@ -191,8 +199,8 @@ def batch_normalization_is_folded(subject: Subject) -> Places:
     Source: D.
     """
     for node in subject.nodes:
-        before = _weighted_producer(node.inputs[0]) if node.op == "BatchNormalization" else None
-        before = before or (_weighted_before_pair(node.inputs[0]) if node.op == "BatchNormalization" else None)
+        before = weighted_producer(node.inputs[0]) if node.op == "BatchNormalization" else None
+        before = before or (weighted_before_pair(node.inputs[0]) if node.op == "BatchNormalization" else None)
         if before is not None and dequantizer_of(before.inputs[1]) is not None:
             yield label_of(node), f"it is not folded into {label_of(before)}: fold the float model, then calibrate it"
 
@@ -215,8 +223,8 @@ def small_operators_are_float(subject: Subject) -> Places:
     Source: M, which quantizes no Conv with under 16 channels on a side, but for first layers and grouped Convs whose
     kernels TensorRT has, no product with under 16 rows or columns of the weight, and no product of a vector.
     """
-    for node in _weighted(subject):
-        if _is_quantized(node) and (reason := _too_small(node)) is not None:
+    for node in weighted(subject):
+        if is_quantized(node) and (reason := _too_small(node)) is not None:
             yield label_of(node), f"{reason}: int8 is no faster there; leave it float"
 
 
@@ -265,7 +273,7 @@ def a_tensor_is_quantized_once(subject: Subject) -> Places:
 
     Source: M.
     """
-    for first, other in _second_quantizers(subject):
+    for first, other in second_quantizers(subject):
         if first.has_scale_of(other):
             yield first.data.name, f"{first.label} and {other.label} quantize it alike: let all readers share one"
 
@@ -284,118 +292,6 @@ def transposed_convolutions_have_one_scale(subject: Subject) -> Places:
             yield label_of(node), "its weight has a scale for each channel, which some versions refuse: give it one"
 
 
-@rule("TRT023", Severity.INFO)
-def plugins_read_and_write_int8(subject: Subject) -> Places:
-    """A plugin takes in the DQ before it and the Q behind it.
-
-    Source: D. Whether a plugin has an int8 kernel is not in the file, so this is only pointed out.
-    """
-    for node in subject.nodes:
-        if node.domain in (None, "", "ai.onnx", "ai.onnx.ml", "com.microsoft"):
-            continue
-        before = any(dequantizer_of(tensor) is not None for tensor in node.inputs)
-        after = any(_next_quantizer(tensor) is not None for tensor in node.outputs)
-        if before or after:
-            yield label_of(node), f"TensorRT hands int8 to the plugin {node.op}: make sure that it takes it"
-
-
-@rule("TRT026", Severity.INFO)
-def weights_are_symmetric(subject: Subject) -> Places:
-    """Stored weights are within +-127.
-
-    Source: H. How a value is rounded, half to even, is not in the file.
-    """
-    for each in subject.quantizers:
-        stored = None if each.quantizes or each.stored_dtype != np.int8 else constant_of(each.data)
-        if stored is not None and stored.size and int(stored.min()) == -128:
-            yield each.label, "its weight holds -128, beyond the customary +-127: quantize weights symmetrically"
-
-
-@rule("TRT027", Severity.INFO)
-def the_float_part_is_half(subject: Subject) -> Places:
-    """The float part of a model that is built for speed is float16.
-
-    Source: D. Networks are strongly typed: what the file calls float32 runs in float32.
-    """
-    if any(not each.quantizes and dtype_of(each.output) == np.float32 for each in subject.quantizers):
-        yield "", "the float part is float32: TensorRT runs it so; convert it to float16 where the accuracy allows"
-
-
-@rule("TRT029", Severity.INFO)
-def the_model_is_quantized(subject: Subject) -> Places:
-    """The model holds quantizers.
-
-    Source: D. Calibrators are gone; Q/DQ in the file is the only way to int8.
-    """
-    if not subject.quantizers:
-        yield "", "it holds no QuantizeLinear: it runs in float; quantize it (graphopt optimize --target tensorrt)"
-
-
-def _weighted(subject: Subject) -> list[gs.Node]:
-    return [node for node in subject.nodes if node.op in _WEIGHTED and not node.domain and len(node.inputs) > 1]
-
-
-def _is_quantized(node: gs.Node) -> bool:
-    return all(dequantizer_of(tensor) is not None for tensor in node.inputs[:2])
-
-
-def _first(nodes: list[gs.Node], operators: frozenset[str]) -> gs.Node | None:
-    return next((node for node in nodes if node.op in operators), None)
-
-
-def _next_quantizer(tensor: gs.Tensor) -> Quantizer | None:
-    return next(quantizers_after(tensor), None)
-
-
-def _pairs_behind(nodes: list[gs.Node]) -> Iterator[tuple[gs.Node, Quantizer]]:
-    """Nodes with the DequantizeLinear of each pair behind."""
-    for node in nodes:
-        for quantizer in quantizers_after(node.outputs[0]):
-            for reader in quantizer.output.outputs:
-                found = quantizer_of(reader)
-                if found is not None and not found.quantizes:
-                    yield node, found
-
-
-def _residual_adds(subject: Subject) -> Iterator[gs.Node]:
-    for node in subject.nodes:
-        if node.op == "Add" and not any(is_constant(tensor) or _is_weight(tensor) for tensor in node.inputs):
-            yield node
-
-
-def _is_weight(tensor: gs.Tensor) -> bool:
-    found = dequantizer_of(tensor)
-    return found is not None and is_weight(found)
-
-
-def _weighted_producer(tensor: gs.Tensor) -> gs.Node | None:
-    """The operator with weights that computes a tensor which nothing else reads."""
-    node = producer(tensor)
-    return node if node is not None and node.op in _WEIGHTED and len(tensor.outputs) == 1 else None
-
-
-def _weighted_before_pair(tensor: gs.Tensor) -> gs.Node | None:
-    """The operator with weights before a pair that nothing else reads."""
-    dequantizer = dequantizer_of(tensor)
-    quantizer = None if dequantizer is None else quantizer_of(producer(dequantizer.data))
-    if quantizer is None or not quantizer.quantizes or len(tensor.outputs) != 1 or len(quantizer.output.outputs) != 1:
-        return None
-    return _weighted_producer(quantizer.data)
-
-
-def _reads_a_quantized_operator(node: gs.Node) -> bool:
-    """Whether it is a residual Add with a pair on a Conv's side: another rule speaks of it."""
-    return node.op == "Add" and any(_weighted_before_pair(tensor) is not None for tensor in node.inputs)
-
-
-def _second_quantizers(subject: Subject) -> Iterator[tuple[Quantizer, Quantizer]]:
-    """The first quantizer of a tensor with each other one."""
-    first: dict[int, Quantizer] = {}
-    for each in subject.quantizers:
-        if each.quantizes and first.setdefault(id(each.data), each) is not each:
-            yield first[id(each.data)], each
-
-
 TENSORRT_WARNINGS: tuple[LintRule, ...] = (
     all_inputs_are_quantized_or_none,
     no_pair_before_an_activation,
@@ -409,11 +305,7 @@ TENSORRT_WARNINGS: tuple[LintRule, ...] = (
     batch_normalization_is_folded,
     sensitive_operators_are_float,
     small_operators_are_float,
-    plugins_read_and_write_int8,
     no_pair_before_a_graph_output,
     a_tensor_is_quantized_once,
-    weights_are_symmetric,
-    the_float_part_is_half,
-    the_model_is_quantized,
     transposed_convolutions_have_one_scale,
 )
