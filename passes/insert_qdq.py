@@ -25,15 +25,20 @@ from graphopt.graph import (
     Names,
     all_graphs,
     constant_of,
+    disconnect,
+    disconnect_all,
     is_output,
+    named_tensors,
     nested_output_names,
     producer,
     replace_uses,
     set_input,
+    set_output,
 )
+from graphopt.hard_activations import decompose_activations
 from graphopt.opset import raise_opset
 from graphopt.pass_base import Context, Effect, Pass, PassResult
-from graphopt.placement import Edge, Placement, node_label, place
+from graphopt.placement import Activation, Edge, Placement, node_label, place
 from graphopt.quantization import QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import unmatched_names
@@ -92,6 +97,10 @@ class InsertQdq(Pass):
         if (note := raise_opset(graph, _PER_CHANNEL_OPSET)) is not None:  # some nodes are others now
             infer_shapes(graph)
             placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
+        if decomposed := [node for node in placement.nodes if node.op in target.decomposed]:
+            ranges = decompose_activations(graph, decomposed, ranges)
+            infer_shapes(graph)
+            placement = _place_with_ranges(graph, target, self._excluded(graph), ranges)
         _Insertion(graph, target, placement, ranges).run()
         return PassResult(
             rewrites=len(placement.activations) + len(placement.weights) + len(placement.operands),
@@ -141,10 +150,10 @@ def _place_with_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str]
         raise PipelineError(
             f"the ranges are of another model: none is called like this one's tensors ({placement.observed[0]}, ...)"
         )
-    while missing := [item for item in placement.activations.items() if item[1][1].name not in ranges.tensors]:
-        for name, (_, source) in missing:
+    while missing := [item for item in placement.activations.items() if item[1].source.name not in ranges.tensors]:
+        for name, activation in missing:
             for node in placement.users[name]:
-                excluded[id(node)] = f"no range is known for {source.name}"
+                excluded[id(node)] = f"no range is known for {activation.source.name}"
         placement = place(graph, target, excluded)
     return placement
 
@@ -160,8 +169,11 @@ class _Insertion:
         self.names = Names(graph)
         self.new_nodes: list[gs.Node] = []
         self.nested_names = nested_output_names(graph)
+        self.stored: dict[int, gs.Variable] = {}  # by id of a tensor, its integers
+        self.replaced: set[int] = set()  # ids of nodes that others stand for now
 
     def run(self) -> None:
+        between = [(node, node.inputs[0], node.outputs[0]) for node in self.placement.on_integers]
         dequantized: dict[tuple[int, int | None], gs.Variable] = {}
         for edge, axis in self.placement.weights:
             key = (id(edge.tensor), axis)
@@ -172,9 +184,13 @@ class _Insertion:
             set_input(edge.node, edge.index, self._operand(edge))
         for edge in self.placement.biases:
             self._flatten(edge)
-        for name, (tensor, source) in self.placement.activations.items():
-            self._activation(tensor, source.name, self.placement.readers[name])
-        self.graph.nodes.extend(self.new_nodes)
+        for name, activation in self.placement.activations.items():
+            self._activation(activation, self.placement.readers[name])
+        for activation, before in self.placement.rescaled:
+            self._rescale(activation, before)
+        for node, value, result in between:
+            self._move_between(node, value, result)
+        self._remove_replaced()
         self.graph.toposort()
 
     def _flatten(self, edge: Edge) -> None:
@@ -185,9 +201,12 @@ class _Insertion:
             name = self.names.fresh(f"{edge.tensor.name}_vector")
             set_input(edge.node, edge.index, gs.Constant(name, values.reshape(-1)))
 
-    def _activation(self, tensor: gs.Tensor, source: str, readers: tuple[Edge, ...]) -> None:
-        found = self.ranges.tensors[source]
-        params = params_of_range(found.minimum, found.maximum, self.target.activation)
+    def _params(self, activation: Activation) -> QuantParams:
+        found = self.ranges.tensors[activation.source.name]
+        return params_of_range(found.minimum, found.maximum, self.target.activation).scaled(activation.factor)
+
+    def _activation(self, activation: Activation, readers: tuple[Edge, ...]) -> None:
+        tensor, params = activation.tensor, self._params(activation)
         keeps_name = is_output(self.graph, tensor) or tensor.name in self.nested_names
         if self.target.quantizes_outputs and keeps_name and producer(tensor) is not None:
             self._named_output(tensor, params)
@@ -198,7 +217,46 @@ class _Insertion:
         else:
             for edge in readers:
                 set_input(edge.node, edge.index, pair_output)
-        self._pair(tensor, pair_output, params)
+        self.stored[id(tensor)] = self._pair(tensor, pair_output, params)
+
+    def _rescale(self, activation: Activation, before: gs.Tensor) -> None:
+        """Read the integers of `before` with the scale of `activation`, in place of the operator between them."""
+        stored = self.stored[id(before)]
+        self.stored[id(activation.tensor)] = stored
+        node = producer(activation.tensor)
+        assert node is not None
+        disconnect(node)  # the DQ takes its output over, name and all
+        self.replaced.add(id(node))
+        params = self._params(activation)
+        constants = self._constants(activation.tensor.name, params)
+        self._add("DequantizeLinear", activation.tensor, [stored, *constants], activation.tensor, {})
+
+    def _move_between(self, node: gs.Node, value: gs.Tensor, result: gs.Tensor) -> None:
+        """Let an operator that reads `value` and computes `result` work on their integers."""
+        stored, output = self.stored[id(value)], self.stored[id(result)]
+        quantize = producer(output)
+        assert quantize is not None
+        zero_point = quantize.inputs[2]
+        disconnect(quantize)
+        self.replaced.add(id(quantize))
+        set_output(node, 0, output)
+        set_input(node, 0, stored)
+        if len(node.inputs) > 2:
+            set_input(node, 2, zero_point)
+        elif node.attrs.get("mode", "constant") == "constant":
+            node.inputs.append(zero_point)
+
+    def _remove_replaced(self) -> None:
+        """Take out what others stand for now, and each DQ that only they read."""
+        named = named_tensors(self.graph)
+        unread = [
+            node
+            for node in self.new_nodes
+            if node.op == "DequantizeLinear" and not node.outputs[0].outputs and id(node.outputs[0]) not in named
+        ]
+        disconnect_all(unread)
+        gone = self.replaced | {id(node) for node in unread}
+        self.graph.nodes[:] = [node for node in (*self.graph.nodes, *self.new_nodes) if id(node) not in gone]
 
     def _named_output(self, tensor: gs.Tensor, params: QuantParams) -> None:
         """Put a pair before a tensor whose name must stay: a new tensor takes its place at the producer."""
@@ -207,15 +265,16 @@ class _Insertion:
         index = next(index for index, output in enumerate(node.outputs) if output is tensor)
         before = gs.Variable(self.names.fresh(f"{tensor.name}_float"), tensor.dtype, tensor.shape)
         node.outputs[index] = before
-        self._pair(before, tensor, params)
+        self.stored[id(tensor)] = self._pair(before, tensor, params)
 
-    def _pair(self, tensor: gs.Tensor, output: gs.Tensor, params: QuantParams) -> None:
-        """Add tensor -> Q -> DQ -> output."""
+    def _pair(self, tensor: gs.Tensor, output: gs.Tensor, params: QuantParams) -> gs.Variable:
+        """Add tensor -> Q -> DQ -> output; return the integers between them."""
         constants = self._constants(tensor.name, params)
         stored = gs.Variable(self.names.fresh(f"{tensor.name}_quantized"), params.quant_type.dtype, tensor.shape)
         attributes = {} if params.axis is None else {"axis": params.axis}
         self._add("QuantizeLinear", tensor, [tensor, *constants], stored, attributes)
         self._add("DequantizeLinear", tensor, [stored, *constants], output, attributes)
+        return stored
 
     def _weight(self, edge: Edge, axis: int | None) -> gs.Variable:
         weight = edge.tensor

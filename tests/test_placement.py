@@ -96,7 +96,7 @@ def test_an_operator_that_only_moves_values_shares_the_range_of_its_input():
         outputs="float[N,16,4,4] y",
     )
     placement = place(graph, ORT_CPU)
-    assert placement.activations["p"][1].name == "r"
+    assert placement.activations["p"].source.name == "r"
     assert "p" not in placement.observed
 
 

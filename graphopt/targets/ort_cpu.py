@@ -21,6 +21,7 @@ from graphopt.targets.target import Role, Rule, Target
 _JOINS = Rule(role=Role.JOINS)
 _JOINS_WITH_ALL_INPUTS = Rule(role=Role.JOINS, inputs=None)
 _COMMUTES = Rule(role=Role.COMMUTES)
+_HARD_ACTIVATIONS = ("HardSigmoid", "HardSwish")
 
 _RULES = {
     "Conv": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_constant_weight=True),
@@ -33,6 +34,8 @@ _RULES = {
     "Concat": _JOINS_WITH_ALL_INPUTS,
     "Where": Rule(role=Role.JOINS, inputs=(1, 2)),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"), _JOINS),
+    **dict.fromkeys(_HARD_ACTIVATIONS, _JOINS),
+    "Pad": Rule(role=Role.COMMUTES, on_integers=True),
     **dict.fromkeys(("MaxPool", "Resize", "Expand", "Flatten", "Gather", "Reshape", "Slice"), _COMMUTES),
     **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace"), _COMMUTES),
 }
@@ -44,6 +47,8 @@ ORT_CPU = Target(
     weight=INT8_WEIGHT,
     runs_here=True,
     rules=_RULES,
+    absorbs_factors=True,
+    decomposed=frozenset(_HARD_ACTIVATIONS),
     stays_float={
         "ConvTranspose": "onnxruntime has no int8 kernel for ConvTranspose",
         "LSTM": "onnxruntime has no int8 kernel for LSTM behind Q/DQ",

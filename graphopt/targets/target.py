@@ -19,6 +19,7 @@ class Role(Enum):
     GAINS = "gains"  # worth quantizing for its own sake: quantizers start here
     JOINS = "joins"  # has an int8 kernel: runs in int8 where its neighbours do
     COMMUTES = "commutes"  # only moves or selects values: same scale and zero point in and out
+    RESCALES = "rescales"  # a positive factor: the DQ of its input, with another scale, stands in its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Rule:
             an int8 consumer reads it.
         fuses_bias: a constant bias added behind becomes part of the operator, which then needs a Q behind the Add.
         minimum_channels: smallest number of input and of output channels that gains.
+        on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
+            for them but does not fuse the operator with pairs around it.
     """
 
     role: Role
@@ -43,6 +46,7 @@ class Rule:
     needs_output: bool = True
     fuses_bias: bool = False
     minimum_channels: int = 1
+    on_integers: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class Target:
         absorbed: activation functions that the Q behind them makes redundant.
         quantizes_outputs: an int8 operator needs its output quantized too, and all consumers read the quantized
             tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
+        absorbs_factors: a product with a positive constant factor costs nothing: a DQ with another scale.
+        decomposed: operators that run in int8 only as what they stand for (`graphopt.hard_activations`).
         residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
         stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
         saturates: its kernels add two products of a uint8 and an int8 in 16 bits, so weights must keep such sums small;
@@ -74,6 +80,8 @@ class Target:
     stays_float: Mapping[str, str] = field(default_factory=dict)
     absorbed: frozenset[str] = frozenset({"Relu", "Clip"})
     quantizes_outputs: bool = True
+    absorbs_factors: bool = False
+    decomposed: frozenset[str] = frozenset()
     residual_adds: bool = False
     stores_int8_weights: bool = True
     saturates: bool = False
