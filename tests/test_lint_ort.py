@@ -182,6 +182,11 @@ def test_for_another_machine_the_guards_decide_alone(name):
         assert name in broken(CASES[name][0], OPSETS.get(name, 17), target=ARM)
 
 
+def test_an_operator_where_int8_ends_is_no_finding():
+    assert broken(f"{GOOD.replace(' y =', ' c_d =')} y = Add(c_d, x)") <= {"ORT040"}
+    assert "ORT010" in broken(f"{GOOD.replace(' y =', ' c_d =')} a = Add(c_d, x) {pair('a', to='y')}")
+
+
 def test_a_model_that_does_not_load_is_an_error_and_no_crash(tmp_path, capsys):
     path = tmp_path / "old.onnx"
     onnx.save(model_with(GOOD, opset=12), path)

@@ -87,7 +87,7 @@ def float_operators(subject: Subject) -> list[FloatOperator]:
 
 
 def _is_expected(node: gs.Node, subject: Subject) -> bool:
-    """Whether a user would expect an operator in int8: it gains there, or stands behind a DequantizeLinear."""
+    """Whether a user would expect an operator in int8: it gains there, or stands between a DQ and a Q."""
     if node.domain not in (None, "", "ai.onnx") or node.op in ("QuantizeLinear", "DequantizeLinear", "Constant"):
         return False
     computed = [tensor for tensor in present(node.inputs) if not is_constant(tensor)]
@@ -98,8 +98,8 @@ def _is_expected(node: gs.Node, subject: Subject) -> bool:
     if node.op in subject.target.stays_float or (rule is not None and rule.role is Role.GAINS):
         return True
     reads_int8 = any(each is not None and not is_weight(each) for each in found)
-    if rule is not None and rule.role is Role.JOINS:
-        return reads_int8
+    if rule is not None and rule.role is Role.JOINS:  # without a Q behind, it may well be where int8 ends
+        return reads_int8 and group_of(node, subject).quantizer is not None
     return reads_int8 and any(any(quantizers_after(tensor)) for tensor in node.outputs)
 
 
