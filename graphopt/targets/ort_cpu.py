@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from graphopt.quantization import INT8, INT8_WEIGHT, UINT8
+from graphopt.targets.ort_rules import ORT_ARM_RULES, ORT_X86_RULES, figures, sums_do_not_saturate
 from graphopt.targets.target import Costs, Role, Rule, Target
 
 _JOINS = Rule(role=Role.JOINS)
@@ -63,6 +64,8 @@ ORT_CPU = Target(
         "RNN": "onnxruntime has no int8 kernel for RNN behind Q/DQ",
         "Einsum": "onnxruntime has no int8 kernel for Einsum",
     },
+    lint_rules=ORT_X86_RULES,
+    lint_figures=figures,
 )
 
 ORT_ARM = replace(
@@ -72,12 +75,16 @@ ORT_ARM = replace(
     activation=INT8,
     runs_here=False,
     costs=None,
+    lint_rules=ORT_ARM_RULES,
 )
 
 
 def ort_cpu_of_this_machine() -> Target:
     """`ORT_CPU`, with weights that cannot saturate where this machine is known to lack VNNI."""
-    return ORT_CPU if cpu_has_vnni() is not False else replace(ORT_CPU, saturates=True, notes=(_NO_VNNI,))
+    if cpu_has_vnni() is not False:
+        return ORT_CPU
+    rules = (*ORT_X86_RULES, sums_do_not_saturate)
+    return replace(ORT_CPU, saturates=True, notes=(_NO_VNNI,), lint_rules=rules)
 
 
 _NO_VNNI = (

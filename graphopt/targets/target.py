@@ -5,10 +5,11 @@ Placement (`graphopt.placement`) reads this table and knows no operator by name;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from graphopt.lint_rule import LintRule, Subject
 from graphopt.quantization import QuantType
 
 
@@ -83,6 +84,8 @@ class Target:
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
+        lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rule`.
+        lint_figures: what it counts besides, by name.
     """
 
     name: str
@@ -101,3 +104,5 @@ class Target:
     runs_here: bool = False
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
+    lint_rules: tuple[LintRule, ...] = ()
+    lint_figures: Callable[[Subject], Mapping[str, int | float]] | None = None
