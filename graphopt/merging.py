@@ -31,8 +31,10 @@ def merged(parts: Sequence[Ranges]) -> Ranges:
                 )
     _refuse_other_shards(parts)
     method = first.method
-    if method is None or not method.merges:
-        raise DataError("these ranges cannot be merged: their method depends on the order of the samples")
+    if method is None:
+        raise DataError("these ranges cannot be merged: the files do not say by which method they were chosen")
+    if (reason := method.why_not_from_histograms) is not None:
+        raise DataError(f"these ranges cannot be merged: {reason}")
     quant_type = target_named(first.target).activation
     tensors = {}
     for name in dict.fromkeys(name for part in parts for name in part.tensors):

@@ -175,11 +175,11 @@ class Ranges:
         """The ranges that another method finds in the histograms, for the activations of a target.
 
         Raises:
-            DataError: a tensor has no histogram, which only minmax can do without, or the method depends on the order
-                of the samples.
+            DataError: a tensor has no histogram, which only minmax can do without, or the method does not follow from
+                histograms.
         """
-        if not method.merges:
-            raise DataError(f"{method.value} depends on the order of the samples: calibrate again with it")
+        if (reason := method.why_not_from_histograms) is not None:
+            raise DataError(f"{reason}: calibrate again with it")
         tensors = {
             name: range_of(
                 seen_of(found, method, f"tensor {name}"),
