@@ -49,6 +49,21 @@ def test_shards_merge_on_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "half.json").exists()
 
 
+def test_merging_keeps_what_the_file_says_unless_it_is_told_otherwise(tmp_path, capsys):
+    kept, other = str(tmp_path / "kept.json"), str(tmp_path / "other.json")
+    asked = ["--method", "percentile", "--percent", "99", "--histograms"]
+    assert main(["calibrate", *ARGUMENTS, *asked, "-o", kept]) == 0
+    assert main(["merge-ranges", kept, "--target", "tensorrt", "-o", other]) == 0
+    assert (Ranges.load(other).percent, Ranges.load(other).method.value) == (99, "percentile")
+    assert main(["merge-ranges", kept, "--percent", "90", "-o", other, "--overwrite"]) == 0
+    assert Ranges.load(other).percent == 90
+    name = next(iter(Ranges.load(kept).tensors))
+    assert Ranges.load(other).tensors[name].maximum < Ranges.load(kept).tensors[name].maximum
+    with pytest.raises(SystemExit):
+        main(["merge-ranges", kept, "--percent", "0", "-o", other, "--overwrite"])
+    assert "percent above 0 and at most 100" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
