@@ -46,6 +46,9 @@ def add_calibrate(commands: Any) -> None:
     calibrating.add_argument("--histograms", action="store_true", help="keep them, to choose other ranges later")
     calibrating.add_argument("--moments", action="store_true", help="exact mean and mean square, up to twice the time")
     calibrating.add_argument(
+        "--channels", action="store_true", help="minimum, maximum, mean and variance by channel too: one more run"
+    )
+    calibrating.add_argument(
         "--shard", metavar="I/N", help="use every Nth sample from the Ith on, for merge-ranges; keeps histograms"
     )
     calibrating.add_argument(
@@ -85,6 +88,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console, errors: Console)
         "method": method,
         "percent": arguments.percent,
         "moments": arguments.moments,
+        "channels": arguments.channels,
         "samples": arguments.samples,
         "target": arguments.target,
         "memory_budget": arguments.memory_budget * 2**20,
