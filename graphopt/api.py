@@ -127,7 +127,7 @@ def calibrate(
         percent: for the method percentile.
         histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
         moments: whether mean and mean square are exact, not to half a bin: up to twice the time.
-        channels: whether each tensor gets minimum, maximum, mean and variance of each of its channels, too: one more run
+        channels: whether each tensor also gets minimum, maximum, mean and variance of its channels: one more run
             over the samples.
         preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples of `data`, before they are divided.
