@@ -113,6 +113,7 @@ def calibrate(
     percent: float = 99.99,
     histograms: bool = False,
     moments: bool = False,
+    channels: bool = False,
     preprocess: AnyPreprocess | None = None,
     samples: int | None = None,
     shard: Shard | None = None,
@@ -130,6 +131,8 @@ def calibrate(
         percent: for the method percentile.
         histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
         moments: whether mean and mean square are exact, not to half a bin: up to twice the time.
+        channels: whether each tensor also gets minimum, maximum, mean and variance of its channels: one more run
+            over the samples.
         preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples of `data`, before they are divided.
         shard: which part of the samples to use; `merged` makes one of all parts.
@@ -147,7 +150,7 @@ def calibrate(
     if calibrates(pipeline) or any(item.effect is Effect.LOSSY for item in pipeline):
         raise PipelineError("the passes of calibrate are those that come before it in the pipeline of optimize")
     keep = histograms or shard is not None
-    pipeline.append(Calibrate(method=method, percent=percent, histograms=keep, moments=moments))
+    pipeline.append(Calibrate(method=method, percent=percent, histograms=keep, moments=moments, channels=channels))
     if shard is not None and (data is None or not method.merges):
         raise PipelineError("a shard needs --data and a method that does not depend on the order of the samples")
     float_model = load_model(model)

@@ -2,12 +2,14 @@
 
     observe(model, tensors, samples, ChannelStatistics)
 
-Sums are kept in float64, so means and variances of two orders of the samples agree to rounding, not bit for bit.
+Sums are kept in float64, so means and variances of two orders of the samples agree to rounding, not bit for bit. So do
+those that were merged from files: these have the means and variances, from which the sums are computed again.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +29,7 @@ class ChannelStatistics(Extremes):
     Attributes:
         minima, maxima: of each channel; infinite while there are no values.
         counts: of values in each channel.
+        varies: whether axis 1 had several sizes, as an axis of time has; then all values are taken for one channel.
     """
 
     needs_values: ClassVar[bool] = True
@@ -35,6 +38,7 @@ class ChannelStatistics(Extremes):
     def __init__(self) -> None:
         super().__init__()
         self.zeros = None
+        self.varies = False
         self.minima: Channels = np.full(1, math.inf)
         self.maxima: Channels = np.full(1, -math.inf)
         self.counts: NDArray[np.int64] = np.zeros(1, np.int64)
@@ -59,7 +63,6 @@ class ChannelStatistics(Extremes):
         Raises:
             NonFiniteError: a value is NaN or infinite.
             TypeError: it is not of a floating-point type.
-            ValueError: it has another number of channels than the tensors before it.
         """
         if values.dtype.name not in FLOAT_TYPES:
             raise TypeError(f"statistics take {', '.join(FLOAT_TYPES)} values, not {values.dtype.name}")
@@ -78,17 +81,57 @@ class ChannelStatistics(Extremes):
 
         Raises:
             TypeError: `other` has no channels.
-            ValueError: it has another number of them.
         """
         if not isinstance(other, ChannelStatistics):
             raise TypeError("channel statistics merge with channel statistics only")
         super().merge(other)
+        self.varies |= other.varies
         if other.count:
             self._add(other.minima, other.maxima, other.counts, other._sums, other._squares)
 
+    def to_json(self) -> dict[str, list[float]]:
+        """Lists of C numbers for a file; the count is that of each channel's values."""
+        return {
+            "minimum": self.minima.tolist(),
+            "maximum": self.maxima.tolist(),
+            "mean": self.mean.tolist(),
+            "variance": self.variance.tolist(),
+            "count": self.counts.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ChannelStatistics:
+        """Statistics from what `to_json` gave.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        try:
+            minima, maxima, mean, variance = (
+                np.array(record[key], np.float64) for key in ("minimum", "maximum", "mean", "variance")
+            )
+            counts = np.array(record["count"], np.int64)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"its channels are damaged: {error}") from error
+        arrays = (minima, maxima, mean, variance, counts)
+        if {each.shape for each in arrays} != {(counts.size,)} or not counts.size or not (counts > 0).all():
+            raise ValueError("its channels are damaged: they are not lists of the same length with values in each")
+        if not (np.isfinite(arrays[:4]).all() and (minima <= maxima).all() and (variance >= 0).all()):
+            raise ValueError("its channels are damaged: a number is not finite, or a minimum above the maximum")
+        found = cls()
+        found.add_extremes(float(minima.min()), float(maxima.max()), int(counts.sum()))
+        found._add(minima, maxima, counts, mean * counts, (variance + mean**2) * counts)
+        return found
+
     def _add(self, minima: Channels, maxima: Channels, counts: NDArray[Any], sums: Channels, squares: Channels) -> None:
-        if self.counts.any() and len(counts) != len(self.counts):
-            raise ValueError(f"a tensor has {len(counts)} channels, and had {len(self.counts)} before")
+        if self.varies or (self.counts.any() and len(counts) != len(self.counts)):
+            self.varies = True
+            self.minima, self.maxima, minima, maxima = (
+                np.atleast_1d(each) for each in (self.minima.min(), self.maxima.max(), minima.min(), maxima.max())
+            )
+            self.counts, self._sums, self._squares, counts, sums, squares = (
+                np.atleast_1d(each.sum()) for each in (self.counts, self._sums, self._squares, counts, sums, squares)
+            )
         self.minima, self.maxima = np.minimum(self.minima, minima), np.maximum(self.maxima, maxima)
         self.counts = self.counts + counts
         self._sums, self._squares = self._sums + sums, self._squares + squares

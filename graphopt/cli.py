@@ -12,34 +12,27 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
-from graphopt.api import calibrate, calibrate_on_cluster, calibrates, check, inspect, lint, optimize
-from graphopt.data import Shard, data_file
-from graphopt.errors import DataError, GraphoptError, OutputError, PipelineError
+from graphopt.api import calibrates, check, inspect, lint, optimize
+from graphopt.arguments import Command, add_command, add_data_arguments, add_memory_budget, data_files, refuse_outputs
+from graphopt.calibration_commands import add_calibrate, add_merge_ranges
+from graphopt.errors import GraphoptError, OutputError
 from graphopt.garbage import rare_collections
-from graphopt.merging import merged
-from graphopt.model_io import load_model, refuse_target
-from graphopt.pass_base import MEMORY_BUDGET
+from graphopt.model_io import load_model
 from graphopt.passes import registry
-from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
-from graphopt.preprocess import describe_keys, preprocess_file
-from graphopt.progress import Progress
-from graphopt.ranges import Ranges
-from graphopt.ranges_files import write_ranges
-from graphopt.report.console import print_check, print_inspection, print_passes, print_ranges, print_report
+from graphopt.report.console import print_check, print_inspection, print_passes, print_report
 from graphopt.report.lint import print_lint, print_rules
 from graphopt.report.records import plain_values
 from graphopt.report.terminal import progress_bars
 from graphopt.targets import TARGETS, target_named
-from graphopt.thresholds import Method
 from graphopt.version import VERSION
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -54,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
     errors = _Console(stderr=True, highlight=False)
     try:
-        command: Callable[[argparse.Namespace, Console, Console], int] = parsed.command
+        command: Command = parsed.command
         return command(parsed, _Console(highlight=False), errors)
     except GraphoptError as error:
         errors.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True)
@@ -86,7 +79,7 @@ def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) 
     if calibrates(pipeline):
         outputs["--ranges"] = None if arguments.ranges is None else Path(arguments.ranges)
     model = load_model(path)
-    _refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *_data_files(arguments)))
+    refuse_outputs(outputs, overwrite=arguments.overwrite, inputs=(*model.files, *data_files(arguments)))
     with progress_bars(errors) as progress:
         result = optimize(
             model,
@@ -114,81 +107,6 @@ def _optimize(arguments: argparse.Namespace, console: Console, errors: Console) 
         print_report(report, console)
         console.print(f"wrote {escape(str(output))}", soft_wrap=True)
     return FAILED if report.failed else OK
-
-
-def _calibrate(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
-    output = Path(arguments.output)
-    method = _method(arguments.method)
-    shard = None if arguments.shard is None else Shard.parse(arguments.shard)
-    model = load_model(arguments.model)
-    _refuse_outputs({"-o": output}, overwrite=arguments.overwrite, inputs=(*model.files, *_data_files(arguments)))
-    options = {
-        "preprocess": arguments.preprocess,
-        "passes": arguments.passes,
-        "method": method,
-        "percent": arguments.percent,
-        "moments": arguments.moments,
-        "samples": arguments.samples,
-        "target": arguments.target,
-        "memory_budget": arguments.memory_budget * 2**20,
-    }
-    with progress_bars(errors) as progress:
-        if arguments.scheduler is not None:
-            ranges, warnings = _on_cluster(arguments, shard, options, progress), list[str]()
-        else:
-            ranges, report = calibrate(
-                model, arguments.data, histograms=arguments.histograms, shard=shard, progress=progress, **options
-            )
-            warnings = report.warnings
-    for warning in warnings:
-        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
-    return _write_ranges(ranges, output, arguments, console)
-
-
-def _on_cluster(
-    arguments: argparse.Namespace, shard: Shard | None, options: Mapping[str, Any], progress: Progress
-) -> Ranges:
-    if shard is not None or arguments.data is None:
-        raise PipelineError(
-            "a cluster divides --data into shards itself: give --data, and --shards N instead of --shard"
-        )
-    model, data = (str(Path(path).absolute()) for path in (arguments.model, arguments.data))
-    return calibrate_on_cluster(arguments.scheduler, model, data, shards=arguments.shards, progress=progress, **options)
-
-
-def _merge_ranges(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
-    paths = [Path(each) for each in arguments.files]
-    output = Path(arguments.output)
-    _refuse_outputs({"-o": output}, overwrite=arguments.overwrite, inputs=paths)
-    parts = [Ranges.load(path) for path in paths]
-    ranges = merged(parts) if len(parts) > 1 or parts[0].shard else parts[0]
-    if arguments.method is not None or arguments.target is not None:
-        method = ranges.method if arguments.method is None else _method(arguments.method)
-        if method is None:
-            raise DataError(f"{paths[0]} does not say by which method its ranges were chosen: name one with --method")
-        target = target_named(arguments.target or ranges.target)
-        ranges = ranges.rechosen(method, percent=arguments.percent, target=target)
-    return _write_ranges(ranges, output, arguments, console)
-
-
-def _write_ranges(ranges: Ranges, output: Path, arguments: argparse.Namespace, console: Console) -> int:
-    write_ranges(ranges, output)
-    if arguments.json:
-        print(ranges.to_text(), end="")
-    else:
-        print_ranges(ranges, console)
-        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
-    return OK
-
-
-def _method(text: str) -> Method:
-    try:
-        return Method(text)
-    except ValueError:
-        raise PipelineError(f"no method is called '{text}'; there are: {', '.join(_METHODS)}") from None
-
-
-_METHODS = [method.value for method in Method]
 
 
 def _check(arguments: argparse.Namespace, console: Console, errors: Console) -> int:
@@ -245,22 +163,6 @@ def _passes(arguments: argparse.Namespace, console: Console, errors: Console) ->
     return OK
 
 
-def _refuse_outputs(outputs: Mapping[str, Path | None], *, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse what cannot be written, before the long work; `outputs` are the files by the flag that names them.
-
-    Raises:
-        OutputError: a file cannot be written, or two flags name the same one.
-    """
-    flags: dict[str, str] = {}
-    for flag, path in outputs.items():
-        if path is None:
-            continue
-        refuse_target(path, overwrite=overwrite, protect=inputs)
-        other = flags.setdefault(os.path.realpath(path), flag)
-        if other != flag:
-            raise OutputError(f"{other} and {flag} both name {path}: give each a file of its own")
-
-
 def _report_path(text: str | None) -> Path | None:
     """Where the report goes.
 
@@ -302,28 +204,18 @@ def _share(text: str) -> float:
 _share.__name__ = "share from 0 to 1"
 
 
-def _mebibytes(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_mebibytes.__name__ = "number of MiB from 1 up"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="graphopt", description="Compiler passes for ONNX: fold, calibrate, quantize, check.")
     parser.add_argument("--version", action="version", version=f"graphopt {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    optimizing = _command(commands, "optimize", _optimize, "run passes over a model and write the result")
+    optimizing = add_command(commands, "optimize", _optimize, "run passes over a model and write the result")
     optimizing.add_argument("model", metavar="MODEL", help="the float ONNX model; never changed")
     optimizing.add_argument(
         "--passes", required=True, metavar="PIPELINE", help="such as fold,calibrate:method=entropy,qdq"
     )
     optimizing.add_argument("-o", "--output", metavar="OUT", help="default: MODEL with the suffix .opt.onnx")
-    _add_data_arguments(optimizing)
+    add_data_arguments(optimizing)
     optimizing.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
     optimizing.add_argument(
         "--ranges",
@@ -331,52 +223,19 @@ def _parser() -> argparse.ArgumentParser:
         help="written by calibrate (*.cache: for TensorRT); read when the pipeline has no calibrate: also a TensorRT "
         "cache or onnxruntime's calibration JSON",
     )
-    _add_memory_budget(optimizing)
+    add_memory_budget(optimizing)
     optimizing.add_argument("--report", metavar="FILE.json", help="write what happened as JSON")
     optimizing.add_argument("--json", action="store_true", help="print what happened as JSON on stdout")
     optimizing.add_argument("--no-verify", action="store_true", help="skip the checks after each pass and at the end")
     optimizing.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
-    calibrating = _command(commands, "calibrate", _calibrate, "find the ranges of activations and write them to a file")
-    calibrating.add_argument("model", metavar="MODEL", help="the float ONNX model; never changed")
-    _add_data_arguments(calibrating)
-    calibrating.add_argument("-o", "--output", required=True, metavar="RANGES.json", help="for --ranges of optimize")
-    calibrating.add_argument(
-        "--passes", default="fold", metavar="PIPELINE", help="what optimize runs before calibrate; default: fold"
-    )
-    calibrating.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
-    calibrating.add_argument("--method", default=DEFAULT_METHOD.value, metavar="M", help=f"{', '.join(_METHODS)}")
-    calibrating.add_argument("--percent", type=float, default=99.99, metavar="P", help="for the method percentile")
-    calibrating.add_argument("--histograms", action="store_true", help="keep them, to choose other ranges later")
-    calibrating.add_argument("--moments", action="store_true", help="exact mean and mean square, up to twice the time")
-    calibrating.add_argument(
-        "--shard", metavar="I/N", help="use every Nth sample from the Ith on, for merge-ranges; keeps histograms"
-    )
-    calibrating.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="run shards on the workers of this dask.distributed cluster, which read MODEL and DATA at the same paths",
-    )
-    calibrating.add_argument("--shards", type=int, metavar="N", help="for --scheduler; default: one for each worker")
-    _add_memory_budget(calibrating)
-    calibrating.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    calibrating.add_argument("--json", action="store_true", help="print the file on stdout too")
+    add_calibrate(commands)
+    add_merge_ranges(commands)
 
-    merging = _command(
-        commands, "merge-ranges", _merge_ranges, "merge the ranges of shards, or choose others from the histograms"
-    )
-    merging.add_argument("files", nargs="+", metavar="FILE", help="what calibrate --shard wrote, or --histograms")
-    merging.add_argument("-o", "--output", required=True, metavar="RANGES.json")
-    merging.add_argument("--method", metavar="M", help=f"choose anew by {', '.join(_METHODS)}")
-    merging.add_argument("--percent", type=float, default=99.99, metavar="P", help="for the method percentile")
-    merging.add_argument("--target", metavar="T", help="choose anew for this target")
-    merging.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    merging.add_argument("--json", action="store_true", help="print the file on stdout too")
-
-    checking = _command(commands, "check", _check, "compare a model with its float original")
+    checking = add_command(commands, "check", _check, "compare a model with its float original")
     checking.add_argument("float", metavar="FLOAT", help="the reference")
     checking.add_argument("other", metavar="OTHER", help="the model to judge")
-    _add_data_arguments(checking)
+    add_data_arguments(checking)
     checking.add_argument("--min-sqnr", type=_decibels, metavar="DB", help="exit with 1 if an output is under it")
     checking.add_argument(
         "--min-agreement", type=_share, metavar="F", help="exit with 1 if top-1 agreement, from 0 to 1, is under it"
@@ -389,59 +248,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("--json", action="store_true", help="print JSON")
 
-    inspecting = _command(commands, "inspect", _inspect, "size, parameters, MACs, operators and dtypes")
+    inspecting = add_command(commands, "inspect", _inspect, "size, parameters, MACs, operators and dtypes")
     inspecting.add_argument("model", metavar="MODEL")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
 
-    linting = _command(commands, "lint", _lint, "hold a quantized model against the rules of a target")
+    linting = add_command(commands, "lint", _lint, "hold a quantized model against the rules of a target")
     linting.add_argument("model", metavar="MODEL", nargs="?")
     linting.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
     linting.add_argument("--list", action="store_true", help="list the rules of the target instead")
     linting.add_argument("--json", action="store_true", help="print JSON")
 
-    _command(commands, "passes", _passes, "list every pass with its options")
+    add_command(commands, "passes", _passes, "list every pass with its options")
     return parser
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace, Console, Console], int], summary: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(command=run)
-    return parser
-
-
-def _add_memory_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory-budget",
-        type=_mebibytes,
-        default=MEMORY_BUDGET // 2**20,
-        metavar="MIB",
-        help="of activations that calibration may hold at a time; default: %(default)s",
-    )
-
-
-def _data_files(arguments: argparse.Namespace) -> list[Path]:
-    """The files and folders that `_add_data_arguments` asks for."""
-    data = None if arguments.data is None else data_file(arguments.data)
-    preprocess = None if arguments.preprocess is None else preprocess_file(arguments.preprocess)
-    return [path for path in (data, preprocess) if path is not None]
-
-
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="an .npz, a folder of .npz, of test_data_set_*/input_*.pb or of images, or file.py:function",
-    )
-    parser.add_argument(
-        "--preprocess",
-        metavar="KEYS",
-        help="how images in DATA become arrays, (pixel / scale - mean) / std, such as "
-        "resize=256:crop=224:mean=0.485+0.456+0.406:std=0.229+0.224+0.225, or a file.toml with these keys. "
-        f"{describe_keys()}. EXIF orientation is applied, transparency laid over white, 16 bits become 8",
-    )
-    parser.add_argument("--samples", type=int, metavar="N", help="use at most N samples of DATA")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,18 @@ class DataChecks:
         total = sum(self._digests.values())
         repeated = total - len(self._digests)
         found = []
-        if self._constant:
+        if _is_telling(len(self._constant), total):
             found.append(
                 f"{len(self._constant)} of {total} samples hold one value throughout (first: {self._constant[0]}): "
                 "is that real data?"
+                if total > 1
+                else f"the only sample holds one value throughout ({self._constant[0]}): is that real data?"
             )
-        if repeated:
-            found.append(f"{repeated} of {total} samples repeat another one: they tell nothing new")
+        if _is_telling(repeated, total - 1):
+            repeat = (
+                "samples repeat another one: they tell" if repeated > 1 else "samples repeats another one: it tells"
+            )
+            found.append(f"{repeated} of {total} {repeat} nothing new")
         if total < FEW_SAMPLES:
             found.append(f"the ranges come from {total} samples; from {FEW_SAMPLES} on they are steadier")
         return tuple(found)
@@ -61,6 +66,11 @@ class DataChecks:
             digest = _digest(feed)
             self._digests[digest] = self._digests.get(digest, 0) + 1
             yield feed
+
+
+def _is_telling(odd: int, total: int) -> bool:
+    """Whether odd samples are worth a warning: one among many is a black photo, or a scene that stood still."""
+    return odd > 1 or odd == total == 1
 
 
 def _refuse_non_finite(name: str, array: Array, place: str) -> None:

@@ -1,12 +1,7 @@
 """Whether inputs look like those that a model was trained on, judged by the first BatchNormalization behind them.
 
-It remembers the mean and the variance that each of its channels had in training. So the operators before it run on
-some samples, and for each channel the divergence of what they give from what is remembered is computed, both taken
-for normal distributions:
-
-    KL(N(m, v) || N(mean, var)) = (v / var + (m - mean)**2 / var - 1 - log(v / var)) / 2
-
-The median over the channels is below 2 for the right inputs of seven real nets and below 0.4 for most of them; it is
+The operators before it run on some samples, and what they give is compared with what it remembers
+(`graphopt.remembered`). The divergence is below 2 for the right inputs of seven real nets and below 0.4 for most; it is
 5 where the pixels of 0..1 should be 0..255 and thousands where it is the other way round. Mistakes that people make
 are then tried on the same samples: the one that repairs the divergence is the one to name.
 """
@@ -14,40 +9,23 @@ are then tried on the same samples: the one that repairs the divergence is the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
 from graphopt.errors import GraphoptError
 from graphopt.feeds import Array, Feed, Samples
-from graphopt.graph import constant_of
 from graphopt.model_io import Model
-from graphopt.operators import MOVING
+from graphopt.remembered import FITS, Remembered, first_remembered, median_divergence, rows_by_channel, up_to
 from graphopt.runtime import Session, open_session
 
 _SAMPLES = 6
-FITS = 2.0  # the divergence of inputs that may be right
 _FAR = 4.0  # one that by itself says that they are not
 _SUSPICIOUS, _BETTER = 0.4, 5.0  # one that another reading of the inputs makes so many times smaller
 _SWAPPED, _LESS = 2.0, 0.05  # for the order of the channels, which changes less: times and difference
-_CARRIES = MOVING | {"Cast", "Pad"}
-_LINEAR = ("Conv", "Gemm", "MatMul")
-_LEAST_VARIANCE = 1e-6  # of the largest channel's: a channel that was dead in training tells nothing
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Change = Callable[[Array], Array]
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """What one BatchNormalization remembers, and the tensor that it reads."""
-
-    tensor: str
-    mean: NDArray[np.float64]  # [C]
-    variance: NDArray[np.float64]  # [C]
 
 
 def input_warnings(model: Model, samples: Samples) -> tuple[str, ...]:
@@ -70,35 +48,6 @@ def input_warnings(model: Model, samples: Samples) -> tuple[str, ...]:
             continue
         found += [] if warning is None else [warning]
     return tuple(found)
-
-
-def first_remembered(tensor: gs.Tensor) -> Remembered | None:
-    """What the BatchNormalization remembers that normalizes the first linear operator behind an input."""
-    reached = [tensor]
-    for each in reached:
-        for node in each.outputs:
-            if node.op in _CARRIES and node.inputs[0] is each:
-                reached.append(node.outputs[0])
-            elif node.op in _LINEAR and node.inputs[0] is each:
-                for after in node.outputs[0].outputs:
-                    if after.op == "BatchNormalization" and not after.attrs.get("training_mode", 0):
-                        return _remembered(after)
-    return None
-
-
-def _remembered(node: gs.Node) -> Remembered | None:
-    mean, variance = constant_of(node.inputs[3]), constant_of(node.inputs[4])
-    if mean is None or variance is None:
-        return None
-    return Remembered(node.inputs[0].name, mean.astype(np.float64), variance.astype(np.float64))
-
-
-def up_to(model: Model, name: str) -> Model:
-    """The part of a model that computes one tensor."""
-    copy = model.copy()
-    copy.graph.outputs = [tensor for node in copy.graph.nodes for tensor in node.outputs if tensor.name == name]
-    copy.graph.cleanup(remove_unused_graph_inputs=True)
-    return copy
 
 
 def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: Remembered) -> str | None:
@@ -134,22 +83,6 @@ def _divergence(session: Session, feeds: Sequence[Feed], statistics: Remembered)
     values = [session.run(feed)[statistics.tensor] for feed in feeds]
     rows = np.concatenate([rows_by_channel(each) for each in values], axis=1)
     return float(median_divergence(rows.mean(axis=1), rows.var(axis=1), statistics))
-
-
-def rows_by_channel(values: Array) -> NDArray[np.float64]:
-    """[N, C, ...] -> [C, values of a channel]."""
-    return np.moveaxis(values, 1, 0).reshape(values.shape[1], -1).astype(np.float64)
-
-
-def median_divergence(
-    mean: NDArray[np.float64], variance: NDArray[np.float64], remembered: Remembered
-) -> NDArray[np.float64]:
-    """Means and variances [..., C] -> the median over the channels of their divergence from those remembered, [...]."""
-    alive = remembered.variance > _LEAST_VARIANCE * remembered.variance.max()
-    expected = remembered.variance[alive]
-    ratio = np.maximum(variance[..., alive] / expected, np.finfo(np.float64).tiny)
-    offset = (mean - remembered.mean)[..., alive] ** 2 / expected
-    return np.asarray(np.median(0.5 * (ratio + offset - 1 - np.log(ratio)), axis=-1))
 
 
 def _readings(array: Array) -> Iterator[tuple[str, Change]]:

@@ -6,7 +6,7 @@ that operator, on u, on ones and on zeros:
 
     f(m + d u) = f(0) + m (f(1) - f(0)) + d (f(u) - f(0))
 
-and of a grid of m and d the pair is taken whose channels diverge least from those remembered (`graphopt.input_checks`).
+and of a grid of m and d the pair is taken whose channels diverge least from those remembered (`graphopt.remembered`).
 How a kernel answers depends on how smooth an input is. Pictures, spectrograms and sounds have about the same power in
 each octave, so u has, too: 1/f noise over the places of the input, the same in up to four channels but for a tenth.
 """
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from graphopt.errors import GraphoptError
 from graphopt.feeds import Feed, Samples
 from graphopt.graph import Array
-from graphopt.input_checks import FITS, Remembered, first_remembered, median_divergence, rows_by_channel, up_to
 from graphopt.model_io import Model
+from graphopt.remembered import FITS, Remembered, first_remembered, median_divergence, rows_by_channel, up_to
 from graphopt.runtime import open_session
 
 _SEEN = 6  # samples that the fit looks at

@@ -1,7 +1,7 @@
 """Ranges of the shards of some data, merged into those of all of it.
 
 Histograms, extremes, counts and digests of the data merge exactly, so the result is what one calibration on all the
-data finds, to the byte of its file.
+data finds, to the byte of its file. Only means and variances by channel, where they were asked for, agree to rounding.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from graphopt.channel_statistics import ChannelStatistics
 from graphopt.errors import DataError
 from graphopt.ranges import Ranges, added_digests, range_of, seen_of
 from graphopt.targets import target_named
@@ -31,8 +32,10 @@ def merged(parts: Sequence[Ranges]) -> Ranges:
                 )
     _refuse_other_shards(parts)
     method = first.method
-    if method is None or not method.merges:
-        raise DataError("these ranges cannot be merged: their method depends on the order of the samples")
+    if method is None:
+        raise DataError("these ranges cannot be merged: the files do not say by which method they were chosen")
+    if (reason := method.why_not_from_histograms) is not None:
+        raise DataError(f"these ranges cannot be merged: {reason}")
     quant_type = target_named(first.target).activation
     tensors = {}
     for name in dict.fromkeys(name for part in parts for name in part.tensors):
@@ -41,7 +44,10 @@ def merged(parts: Sequence[Ranges]) -> Ranges:
         ]
         for other in others:
             seen.merge(other)
-        tensors[name] = range_of(seen, method, percent=first.percent, quant_type=quant_type, keep=True)
+        chosen = range_of(seen, method, percent=first.percent, quant_type=quant_type, keep=True)
+        tensors[name] = replace(
+            chosen, channels=_merged_channels([part.tensors[name].channels for part in parts if name in part.tensors])
+        )
     return replace(
         first,
         tensors=tensors,
@@ -49,6 +55,16 @@ def merged(parts: Sequence[Ranges]) -> Ranges:
         data_digest=added_digests(part.data_digest for part in parts),
         shard="",
     )
+
+
+def _merged_channels(parts: Sequence[ChannelStatistics | None]) -> ChannelStatistics | None:
+    """The statistics of all parts; None where one has none, or the number of channels differs."""
+    channels = ChannelStatistics()
+    for part in parts:
+        if part is None:
+            return None
+        channels.merge(part)
+    return None if channels.varies else channels
 
 
 def _refuse_other_shards(parts: Sequence[Ranges]) -> None:

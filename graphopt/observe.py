@@ -7,6 +7,9 @@ takes in the tensors of a sample while the other runs the model on the next one.
 Two samples' tensors are alive at a time. Where these would pass the memory budget, the tensors are observed in
 groups, with one run over the samples each. Small samples are joined into batches
 where the model proves to give the same bits for a batch as for its samples one by one (`graphopt.batches`).
+
+Tensors inside the branches of Ifs become tensors of the main graph of a copy (`graphopt.branch_tensors`); a sample for
+which a branch is not taken has no values of its tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.batches import LARGEST_BATCH, Batch, batches, can_join, gives_the_same_bits
+from graphopt.branch_tensors import BranchTensor, branch_tensors, with_branch_outputs
 from graphopt.errors import DataError, GraphoptError
 from graphopt.feeds import Feed, Samples, place_of
-from graphopt.graph import Array, all_graphs, is_constant
+from graphopt.graph import Array, all_graphs, bodies, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
 from graphopt.overlap import Overlap, not_finite
@@ -32,6 +36,7 @@ from graphopt.pass_base import MEMORY_BUDGET, Skip
 from graphopt.progress import Progress, silent, track
 from graphopt.reductions import Reductions
 from graphopt.runtime import open_session, release_free_memory
+from graphopt.shapes import infer_shapes
 from graphopt.sizes import is_typed_tensor, nbytes, numpy_dtype, tensors_at
 
 Statistics = TypeVar("Statistics", bound=Extremes)
@@ -63,7 +68,8 @@ def observe(
 
     Args:
         model: a float model; it runs with onnxruntime's optimizations on.
-        tensors: names of floating-point tensors of the main graph, inputs and outputs included.
+        tensors: names of floating-point tensors of the main graph, inputs and outputs included, and of branches of
+            Ifs, as in `branch_tensors`.
         samples: any number of them, of any shapes that the model takes.
         statistics: makes the empty statistics of one tensor: `Histogram`, or `Extremes` where they suffice.
         progress: told after every sample.
@@ -77,9 +83,11 @@ def observe(
     first = next(iter(samples), None)
     if first is None:
         raise DataError(f"{samples.description}: there are no samples to calibrate with")
-    skipped = _unobservable(model.graph, tensors)
+    inner = _typed_branch_tensors(model)
+    skipped = _unobservable(model.graph, tensors, inner)
     left_out = {skip.where for skip in skipped}
     names = [name for name in dict.fromkeys(tensors) if name not in left_out]
+    model, names, called = _with_branches(model, names, inner)
     sized = tensors_at(model.graph, {name: array.shape for name, array in first.items()})
     release_free_memory()
     if statistics().needs_values:
@@ -88,12 +96,14 @@ def observe(
     else:
         found = _observe_extremes(model, _dtypes(names, sized), samples, statistics, progress)
     skipped += [
-        Skip(name, found.other_types.get(name, "it has no values in any sample"))
+        Skip(called.get(name, name), found.other_types.get(name, "it has no values in any sample"))
         for name in names
         if name not in found.seen or not found.seen[name].count
     ]
     return Observation(
-        statistics={name: found.seen[name] for name in names if name in found.seen and found.seen[name].count},
+        statistics={
+            called.get(name, name): found.seen[name] for name in names if name in found.seen and found.seen[name].count
+        },
         skipped=tuple(skipped),
         samples=found.samples,
         notes=found.notes,
@@ -167,13 +177,14 @@ class _Runner:
         self._other_types = other_types
         # The threads that run samples at the same time share these; a thread for each core besides would only wait.
         threads = max(1, (os.cpu_count() or 1) - 1)
+        self._has_bodies = any(bodies(node) for node in model.graph.nodes)
         self._session = open_session(model, threads=threads, extra_outputs=self._computed, plan_memory=False)
 
     def batch_size(self, samples: Samples, nbytes: int) -> int:
         """How many samples to join, when one of them has `nbytes` in the tensors."""
         size = min(LARGEST_BATCH, _BATCH_NBYTES // max(nbytes, 1))
-        if size < 2 or not self._computed or not can_join(self._session.inputs):
-            return 1
+        if size < 2 or not self._computed or self._has_bodies or not can_join(self._session.inputs):
+            return 1  # a batch would take one branch for all its samples
         feeds = list(islice(samples, size))
         return size if len(feeds) > 1 and gives_the_same_bits(self._session, feeds, self._computed) else 1
 
@@ -258,7 +269,29 @@ def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups or [[]]
 
 
-def _unobservable(graph: gs.Graph, names: Sequence[str]) -> list[Skip]:
+def _typed_branch_tensors(model: Model) -> dict[str, BranchTensor]:
+    """Those of a copy whose types are inferred: an If needs the type of what its other branch gives."""
+    if not any(bodies(node) for node in model.graph.nodes):
+        return {}
+    typed = model.copy()
+    infer_shapes(typed.graph)
+    return branch_tensors(typed.graph)
+
+
+def _with_branches(
+    model: Model, names: Sequence[str], inner: Mapping[str, BranchTensor]
+) -> tuple[Model, list[str], dict[str, str]]:
+    """A model whose main graph has all tensors, what they are called there, and by that the names asked for."""
+    main = {tensor.name for node in model.graph.nodes for tensor in (*node.inputs, *node.outputs)}
+    main.update(tensor.name for tensor in model.graph.inputs)
+    dtypes = {name: numpy_dtype(inner[name].tensor.dtype) for name in names if name not in main}
+    if not dtypes:
+        return model, list(names), {}
+    model, outer = with_branch_outputs(model, dtypes)
+    return model, [outer.get(name, name) for name in names], {outside: name for name, outside in outer.items()}
+
+
+def _unobservable(graph: gs.Graph, names: Sequence[str], inner: Mapping[str, BranchTensor]) -> list[Skip]:
     """Those of `names` that cannot be outputs of the main graph, or hold nothing to calibrate."""
     read = {tensor.name: tensor for node in graph.nodes for tensor in node.inputs}  # constants are only read
     computed = {tensor.name: tensor for node in graph.nodes for tensor in node.outputs}
@@ -266,15 +299,32 @@ def _unobservable(graph: gs.Graph, names: Sequence[str]) -> list[Skip]:
     nested = {
         tensor.name for body in all_graphs(graph) if body is not graph for node in body.nodes for tensor in node.outputs
     }
-    skips = (_why_not(name, tensors.get(name), name in nested) for name in dict.fromkeys(names))
-    return [skip for skip in skips if skip is not None]
+    reasons = {
+        name: _why_not(tensors[name])
+        if name in tensors
+        else _why_not_in_branch(inner[name].tensor)
+        if name in inner
+        else _why_not_found(name in nested, any(key.endswith(f"/{name}") for key in inner))
+        for name in dict.fromkeys(names)
+    }
+    return [Skip(name, reason) for name, reason in reasons.items() if reason is not None]
 
 
-def _why_not(name: str, tensor: gs.Tensor | None, is_nested: bool) -> Skip | None:
-    if tensor is None and is_nested:
-        return Skip(name, "it is inside a branch or a body, where its values cannot be observed")
-    if tensor is None:
-        return Skip(name, "the graph has no tensor of that name")
-    if is_constant(tensor):
-        return Skip(name, "it is constant: its range is known without samples")
-    return None
+def _why_not(tensor: gs.Tensor) -> str | None:
+    return "it is constant: its range is known without samples" if is_constant(tensor) else None
+
+
+def _why_not_in_branch(tensor: gs.Tensor) -> str | None:
+    dtype = numpy_dtype(tensor.dtype) if is_typed_tensor(tensor) else None
+    if dtype is None or dtype.name not in FLOAT_TYPES:
+        return _of_another_type(dtype)
+    producer = tensor.inputs[0]
+    return "it is constant: its range is known without samples" if producer.op == "Constant" else None
+
+
+def _why_not_found(is_nested: bool, is_in_branches: bool) -> str:
+    if is_in_branches:
+        return "more than one branch has a tensor of that name: say which, as If/then_branch/name"
+    if is_nested:
+        return "it is inside the body of a loop, where its values cannot be observed"
+    return "the graph has no tensor of that name"

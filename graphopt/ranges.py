@@ -21,10 +21,11 @@ The file is JSON for people too: a head that says where the ranges come from, th
       }
     }
 
-`minimum` and `maximum` are what quantization uses, and may be edited; the rest is the evidence for them. With the
-histograms in it, another method can choose other ranges later (`rechosen`), and the files of shards of the data merge
-into that of all of it, exactly (`merged`): histograms, extremes and the data's digest are sums and extremes of those
-of the shards, whatever their order.
+`minimum` and `maximum` are what quantization uses, and may be edited; the rest is the evidence for them. A tensor may
+also have "channels", lists of "minimum", "maximum", "mean", "variance" and "count" by index of its axis 1, and
+"histogram". With that, another method can choose other ranges later (`rechosen`), and the files of shards of the data
+merge into that of all of it, exactly (`merged`): histograms, extremes and the data's digest are sums and extremes of
+those of the shards, whatever their order.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from graphopt.channel_statistics import ChannelStatistics
 from graphopt.errors import DataError
 from graphopt.exact_histogram import ExactHistogram
 from graphopt.files import write_text_atomically
@@ -69,6 +71,7 @@ class TensorRange:
     zeros: int | None  # how many of the values; None where nobody counted
     count: int  # of values over all samples
     histogram: Histogram | None = None  # None where it was not kept
+    channels: ChannelStatistics | None = None  # None where nobody asked
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -175,18 +178,21 @@ class Ranges:
         """The ranges that another method finds in the histograms, for the activations of a target.
 
         Raises:
-            DataError: a tensor has no histogram, which only minmax can do without, or the method depends on the order
-                of the samples.
+            DataError: a tensor has no histogram, which only minmax can do without, or the method does not follow from
+                histograms.
         """
-        if not method.merges:
-            raise DataError(f"{method.value} depends on the order of the samples: calibrate again with it")
+        if (reason := method.why_not_from_histograms) is not None:
+            raise DataError(f"{reason}: calibrate again with it")
         tensors = {
-            name: range_of(
-                seen_of(found, method, f"tensor {name}"),
-                method,
-                percent=percent,
-                quant_type=target.activation,
-                keep=found.histogram is not None,
+            name: replace(
+                range_of(
+                    seen_of(found, method, f"tensor {name}"),
+                    method,
+                    percent=percent,
+                    quant_type=target.activation,
+                    keep=found.histogram is not None,
+                ),
+                channels=found.channels,
             )
             for name, found in self.tensors.items()
         }
@@ -280,8 +286,8 @@ _NUMBER = (int, float)
 
 def _record(found: TensorRange) -> dict[str, Any]:
     record = {each.name: getattr(found, each.name) for each in fields(found)}
-    histogram = record.pop("histogram")
-    return record if histogram is None else record | {"histogram": histogram.to_json()}
+    evidence = {key: record.pop(key) for key in ("histogram", "channels")}
+    return record | {key: found.to_json() for key, found in evidence.items() if found is not None}
 
 
 def _tensor_range(record: Any, where: str) -> TensorRange:
@@ -298,6 +304,8 @@ def _tensor_range(record: Any, where: str) -> TensorRange:
     }
     try:
         found = TensorRange(**values)
+        if "channels" in record:
+            found = replace(found, channels=ChannelStatistics.from_json(_value(record, "channels", dict, where)))
         if "histogram" not in record:
             return found
         extremes = seen_of(found, Method.MINMAX, where)

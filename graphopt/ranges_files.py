@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from graphopt.errors import DataError
 from graphopt.ranges import Ranges, json_of, text_of
 from graphopt.tensorrt_cache import imported_range, is_tensorrt_cache, read_tensorrt_cache, write_tensorrt_cache
@@ -64,6 +66,8 @@ def unmatched_names(ranges: Ranges, names: Collection[str]) -> str | None:
 def _ort_table(table: Any, source: str) -> Ranges:
     if not isinstance(table, dict):
         raise DataError(f'{source}: "data" of onnxruntime\'s calibration is no object with names and ranges')
+    if not table:
+        raise DataError(f'{source}: "data" of onnxruntime\'s calibration names no tensor')
     tensors = {}
     for name, entry in table.items():
         try:
@@ -85,7 +89,15 @@ def _bounds(entry: Any) -> tuple[float, float]:
 
 
 def _number(value: Any) -> float:
-    """A number, or what onnxruntime writes for a numpy value of one."""
-    while isinstance(value, Mapping | list):
-        value = value["data"] if isinstance(value, Mapping) else value[0] if len(value) == 1 else None
-    return float(value)
+    """A number, or what onnxruntime writes for a numpy value of one.
+
+    Raises:
+        ValueError: there are several, which a calibrator with per_channel finds.
+    """
+    numbers = np.ravel(value["data"] if isinstance(value, Mapping) else value)
+    if numbers.size != 1:
+        raise ValueError(
+            f"it has {numbers.size}, one for each channel, where activations are quantized with one range: calibrate "
+            "without per_channel"
+        )
+    return float(numbers[0])

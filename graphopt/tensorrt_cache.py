@@ -3,7 +3,8 @@
     TRT-8501-EntropyCalibration2
     input: 3c010a14
 
-The digits are big-endian; the scale is T / 127 for a range [-T, T]. A name may hold colons: the last one separates.
+The digits are big-endian; the scale is T / 127 for a range [-T, T], and always positive. A name may hold colons, and
+spaces at its ends: the last colon separates.
 """
 
 from __future__ import annotations
@@ -19,32 +20,41 @@ from graphopt.files import write_text_atomically
 from graphopt.ranges import Ranges, TensorRange
 
 HEADER = "TRT-8501-EntropyCalibration2"
+CALIBRATORS = ("EntropyCalibration2", "EntropyCalibration", "MinMaxCalibration", "LegacyCalibration")
 METHOD = "tensorrt-cache"
 
 _LARGEST = 127
+_LINE = re.compile(r"(.+): ?([0-9a-fA-F]{8}|0)\s*")
 
 
 def is_tensorrt_cache(text: str) -> bool:
-    """Whether a file's text begins like a cache."""
-    return re.match(r"TRT-\d+-\w+[\r\n]", text) is not None
+    """Whether a file's text is meant as a cache: it begins like one, or like one without its header."""
+    return text.startswith("TRT-") or _LINE.fullmatch(text.partition("\n")[0]) is not None
 
 
 def read_tensorrt_cache(text: str, source: str) -> Ranges:
     """The ranges in a cache: [-127 scale, 127 scale] of every tensor that it names.
 
     Raises:
-        DataError: a line is no name and scale; begins with `source` and the number of the line.
+        DataError: the header is none, or a line is no name and scale; begins with `source` and the number of the line.
     """
+    header, *lines = text.split("\n")  # not splitlines: a name may hold what that takes for the end of a line
+    calibrator = re.fullmatch(r"TRT-\w+-(\w+)\s*", header)
+    if calibrator is None or calibrator[1] not in CALIBRATORS:
+        raise DataError(
+            f"{source}, line 1: is no header of a TensorRT calibration cache, TRT-<version>-<calibrator> with one of "
+            f"{', '.join(CALIBRATORS)}: {header:.60}"
+        )
     tensors: dict[str, TensorRange] = {}
-    for number, line in enumerate(text.splitlines()[1:], 2):
+    for number, line in enumerate(lines, 2):
         if not line.strip():
             continue
-        name, colon, digits = line.rpartition(":")
-        name = name.strip()
-        if not colon or not name or re.fullmatch(r"[0-9a-fA-F]{8}|0", digits.strip()) is None:
+        found = _LINE.fullmatch(line)
+        if found is None:
             raise DataError(f"{source}, line {number}: is no `name: scale` with the scale as 8 hex digits: {line:.60}")
-        (scale,) = struct.unpack(">f", bytes.fromhex(digits.strip().zfill(8)))
-        if not 0 <= scale < np.inf:
+        name, digits = found.groups()
+        (scale,) = struct.unpack(">f", bytes.fromhex(digits.zfill(8)))
+        if not 0 < scale < np.inf:
             raise DataError(f"{source}, line {number}: the scale of {name} is {scale}, and must be finite and positive")
         if name in tensors:
             raise DataError(f"{source}, line {number}: {name} is there twice")
@@ -57,15 +67,20 @@ def read_tensorrt_cache(text: str, source: str) -> Ranges:
 def write_tensorrt_cache(ranges: Ranges, path: str | Path) -> None:
     """Write the largest magnitude of each range as a scale, in the order of the ranges; whole or not at all.
 
+    A tensor that was 0 throughout gets the scale of [-1, 1]: TensorRT asks for a positive one, and any has a 0.
+
     Raises:
         OutputError: it cannot be written there.
-        DataError: a tensor's name does not fit on a line.
+        DataError: a tensor's name does not fit on a line, or its scale into a float32.
     """
     lines = [HEADER]
     for name, found in ranges.tensors.items():
         if "\n" in name or "\r" in name:
             raise DataError(f"the tensor name {name!r} has a line break, which a TensorRT cache has no form for")
-        scale = np.float32(max(-found.minimum, found.maximum, 0.0) / _LARGEST)
+        largest = max(-found.minimum, found.maximum, 0.0)
+        if largest / _LARGEST > float(np.finfo(np.float32).max):
+            raise DataError(f"the range of {name} reaches {largest:g}, for which a TensorRT cache has no scale")
+        scale = np.float32(largest / _LARGEST) or np.float32(1 / _LARGEST)
         lines.append(f"{name}: {struct.pack('>f', scale).hex()}")
     write_text_atomically(path, "\n".join(lines) + "\n")
 

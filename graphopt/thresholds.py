@@ -50,7 +50,15 @@ class Method(Enum):
     @property
     def merges(self) -> bool:
         """Whether what was seen of two shards of the data merges into what all of it shows."""
-        return self not in (Method.MOVING_AVERAGE, Method.DATA_FREE)
+        return self.why_not_from_histograms is None
+
+    @property
+    def why_not_from_histograms(self) -> str | None:
+        """Why the ranges do not follow from histograms, merged ones or kept ones; None where they do."""
+        return {
+            Method.MOVING_AVERAGE: "moving-average depends on the order of the samples",
+            Method.DATA_FREE: "data-free looks at the model's BatchNormalization, not at samples",
+        }.get(self)
 
 
 def choose_range(

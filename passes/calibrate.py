@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from graphopt.channel_statistics import ChannelStatistics
 from graphopt.data_checks import DataChecks
 from graphopt.data_free import METHODS, ranges_without_data
 from graphopt.errors import PipelineError
 from graphopt.exact_histogram import ExactHistogram
+from graphopt.feeds import Samples
 from graphopt.histogram import Histogram
 from graphopt.input_checks import input_warnings
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.observe import observe
-from graphopt.pass_base import Context, Effect, Pass, PassResult
+from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.placement import place
 from graphopt.ranges import Ranges, range_of
 from graphopt.runtime import open_session
@@ -52,10 +54,16 @@ class Calibrate(Pass):
     moments: bool = field(
         default=False, metadata={"help": "exact mean and mean square, not to half a bin: up to twice the time"}
     )
+    channels: bool = field(
+        default=False,
+        metadata={"help": "also minimum, maximum, mean and variance of each channel, in one more run over the samples"},
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
             raise PipelineError(f"calibrate:percent must be above 0 and at most 100, not {self.percent}")
+        if self.channels and self.method is Method.DATA_FREE:
+            raise PipelineError("calibrate:channels needs data, and the method data-free looks at none")
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Put the ranges of what `context.target` quantizes into `context.ranges`.
@@ -64,10 +72,13 @@ class Calibrate(Pass):
             DataError: there are no samples, the model does not run on one of them, or one gives a tensor a
                 NaN or an infinity.
             ModelError: onnxruntime cannot load the graph.
+            PipelineError: statistics by channel are asked for, and there are no samples.
         """
         model = Model(graph, context.frame)
         infer_shapes(graph)
         tensors = place(graph, context.target).observed
+        if self.channels and context.samples is None:
+            raise PipelineError("calibrate:channels needs data: name them with --data")
         if context.samples is None or self.method is Method.DATA_FREE:
             return self._without_data(model, tensors, context)
         samples, original = context.samples, context.original or model
@@ -80,10 +91,20 @@ class Calibrate(Pass):
             progress=context.progress,
             memory_budget=context.memory_budget,
         )
+        channels, without_channels = (
+            self._channels(model, list(observation.statistics), samples, context) if self.channels else ({}, ())
+        )
         context.ranges = Ranges(
             tensors={
-                name: range_of(
-                    seen, self.method, percent=self.percent, quant_type=context.target.activation, keep=self.histograms
+                name: replace(
+                    range_of(
+                        seen,
+                        self.method,
+                        percent=self.percent,
+                        quant_type=context.target.activation,
+                        keep=self.histograms,
+                    ),
+                    channels=channels.get(name),
                 )
                 for name, seen in observation.statistics.items()
             },
@@ -97,7 +118,7 @@ class Calibrate(Pass):
         )
         return PassResult(
             parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
-            skipped=observation.skipped,
+            skipped=(*observation.skipped, *without_channels),
             notes=observation.notes,
             warnings=() if samples.synthetic else (*input_warnings(original, samples), *checks.warnings()),
         )
@@ -126,6 +147,25 @@ class Calibrate(Pass):
             parts={"tensors": len(found.tensors), **counts},
             skipped=found.skipped,
             notes=(_sources_of(counts),),
+        )
+
+    def _channels(
+        self, model: Model, tensors: Sequence[str], samples: Samples, context: Context
+    ) -> tuple[dict[str, ChannelStatistics], tuple[Skip, ...]]:
+        """The statistics by channel of the tensors that have channels."""
+        found = observe(
+            model,
+            tensors,
+            samples,
+            ChannelStatistics,
+            progress=context.progress,
+            memory_budget=context.memory_budget,
+        ).statistics
+        varying = [name for name, seen in found.items() if seen.varies]
+        reason = "its axis 1 has another size in another sample: it has no statistics by channel"
+        return (
+            {name: seen for name, seen in found.items() if not seen.varies},
+            tuple(Skip(name, reason) for name in varying),
         )
 
     def _chosen(self, ranges: Ranges) -> Counter[str]:

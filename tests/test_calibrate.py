@@ -2,6 +2,7 @@ import numpy as np
 import onnx.parser
 import pytest
 
+import graphopt.api
 from graphopt.errors import DataError, PipelineError
 from graphopt.feeds import Samples
 from graphopt.graph import all_graphs
@@ -194,3 +195,15 @@ def test_what_graphsurgeon_cannot_hold_is_there_when_the_model_runs():
     context = context_with(target="ort-cpu", frame=model.frame)
     Calibrate(method=Method.MINMAX).apply(model.graph, context)
     assert context.ranges.tensors["y"].maximum == 6  # relu of [1, 2] by diag(1, 3)
+
+
+def test_a_tensor_whose_axis_1_differs_between_samples_has_no_channels():
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[1, T, 4] x) => (float[1, T, 4] y)
+        <float[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}> { y = MatMul (x, w) }
+    """)
+    feeds = [{"x": np.full((1, size, 4), size, np.float32)} for size in (2, 3)]
+    ranges, report = graphopt.api.calibrate(model, feeds, channels=True)
+    assert ranges.tensors and all(found.channels is None for found in ranges.tensors.values())
+    reasons = {skip.reason for skip in report.passes[-1].skipped}
+    assert "its axis 1 has another size in another sample: it has no statistics by channel" in reasons

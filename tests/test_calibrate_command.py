@@ -49,6 +49,44 @@ def test_shards_merge_on_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "half.json").exists()
 
 
+def test_channels_are_in_the_file_and_merge_to_rounding(tmp_path):
+    whole, parts, merged = tmp_path / "whole.json", [tmp_path / f"{n}.json" for n in (1, 2)], tmp_path / "merged.json"
+    assert main(["calibrate", *ARGUMENTS, "--channels", "-o", str(whole)]) == 0
+    tensors = Ranges.load(whole).tensors
+    assert all(found.channels is not None for found in tensors.values())
+    for found in tensors.values():
+        assert found.channels.minima.min() == found.observed_minimum
+        assert found.channels.maxima.max() == found.observed_maximum
+        assert found.channels.counts.sum() == found.count
+    for number, part in enumerate(parts, 1):
+        assert main(["calibrate", *ARGUMENTS, "--channels", "--shard", f"{number}/2", "-o", str(part)]) == 0
+    assert main(["merge-ranges", *map(str, parts), "--method", "minmax", "-o", str(merged)]) == 0
+    for name, found in Ranges.load(merged).tensors.items():
+        assert found.channels.mean == pytest.approx(tensors[name].channels.mean, rel=1e-9, abs=1e-12)
+        assert found.channels.variance == pytest.approx(tensors[name].channels.variance, rel=1e-9, abs=1e-12)
+
+
+def test_channels_without_data_are_refused(tmp_path, capsys):
+    for options in (["--channels"], ["--channels", "--method", "data-free"]):
+        assert main(["calibrate", MODEL, *options, "-o", str(tmp_path / "r.json")]) == 2
+        assert "calibrate:channels needs data" in capsys.readouterr().err
+
+
+def test_merging_keeps_what_the_file_says_unless_it_is_told_otherwise(tmp_path, capsys):
+    kept, other = str(tmp_path / "kept.json"), str(tmp_path / "other.json")
+    asked = ["--method", "percentile", "--percent", "99", "--histograms"]
+    assert main(["calibrate", *ARGUMENTS, *asked, "-o", kept]) == 0
+    assert main(["merge-ranges", kept, "--target", "tensorrt", "-o", other]) == 0
+    assert (Ranges.load(other).percent, Ranges.load(other).method.value) == (99, "percentile")
+    assert main(["merge-ranges", kept, "--percent", "90", "-o", other, "--overwrite"]) == 0
+    assert Ranges.load(other).percent == 90
+    name = next(iter(Ranges.load(kept).tensors))
+    assert Ranges.load(other).tensors[name].maximum < Ranges.load(kept).tensors[name].maximum
+    with pytest.raises(SystemExit):
+        main(["merge-ranges", kept, "--percent", "0", "-o", other, "--overwrite"])
+    assert "percent above 0 and at most 100" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

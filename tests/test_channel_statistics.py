@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import onnx.parser
 import pytest
@@ -51,9 +53,38 @@ def test_vectors_and_scalars_are_one_channel():
     assert seen(np.float32(4)).maxima.tolist() == [4]
 
 
+def test_an_axis_of_several_sizes_is_no_axis_of_channels():
+    arrays = draw(1, 3, 2), draw(1, 4, 2), draw(1, 3, 5)
+    found = seen(*arrays)
+    values = np.concatenate([array.ravel() for array in arrays]).astype(np.float64)
+    assert found.varies
+    assert (found.mean, found.variance) == (pytest.approx([values.mean()]), pytest.approx([values.var()]))
+    assert (found.minima, found.maxima, found.counts) == (values.min(), values.max(), [values.size])
+    for order in (1, -1):
+        one, other = [seen(*part) for part in ((arrays[0],), arrays)][::order]
+        one.merge(other)
+        assert one.varies and one.counts.tolist() == [values.size + 6]
+
+
+def test_a_file_gives_back_what_was_seen():
+    found = seen(draw(4, 3, 5))
+    again = ChannelStatistics.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.mean == pytest.approx(found.mean, rel=1e-14)
+    assert again.variance == pytest.approx(found.variance, rel=1e-12)
+    assert (again.minimum, again.maximum, again.count) == (found.minimum, found.maximum, found.count)
+    assert np.array_equal(again.minima, found.minima) and np.array_equal(again.counts, found.counts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mean", None), ("mean", [1.0]), ("count", [0, 1, 1]), ("minimum", [9, 9, 9]), ("variance", [-1, 0, 0])],
+)
+def test_damaged_channels_are_refused(key, value):
+    with pytest.raises(ValueError, match="its channels are damaged"):
+        ChannelStatistics.from_json(seen(draw(4, 3, 5)).to_json() | {key: value})
+
+
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="has 4 channels, and had 3 before"):
-        seen(draw(1, 3), draw(1, 4))
     with pytest.raises(TypeError, match="not int64"):
         seen(np.array([[1]]))
     with pytest.raises(TypeError, match="merge with channel statistics only"):

@@ -34,8 +34,23 @@ def test_repeated_samples_are_counted():
 def test_constant_samples_name_the_first():
     feeds = noise(32)
     feeds[5] = SourcedFeed({"x": np.full((1, 4), 0.5, np.float32)}, "photos/black.png")
+    feeds[9] = {"x": np.full((1, 4), 1.0, np.float32)}
     (warning,) = checked(feeds).warnings()
-    assert warning == "1 of 32 samples hold one value throughout (first: photos/black.png): is that real data?"
+    assert warning == "2 of 32 samples hold one value throughout (first: photos/black.png): is that real data?"
+
+
+def test_one_constant_or_repeated_sample_among_many_is_not_warned_about():
+    feeds = noise(40)
+    assert checked([*feeds, feeds[3], {"x": np.zeros((1, 4), np.float32)}]).warnings() == ()
+
+
+def test_a_single_constant_sample_and_the_only_two_that_are_the_same_are_warned_about():
+    zeros = {"x": np.zeros((1, 4), np.float32)}
+    assert checked([zeros]).warnings()[0] == (
+        "the only sample holds one value throughout (sample 0 (counted from 0)): is that real data?"
+    )
+    (same, _) = checked(noise(1) * 2).warnings()
+    assert same == "1 of 2 samples repeats another one: it tells nothing new"
 
 
 def test_a_state_of_zeros_beside_real_data_is_not_warned_about():

@@ -53,6 +53,19 @@ def test_another_method_can_be_chosen_without_the_data(method, target):
     }
 
 
+def test_data_free_ranges_do_not_follow_from_histograms():
+    found, _ = calibrate(MODEL, DATA, samples=4, histograms=True)
+    with pytest.raises(
+        DataError, match=r"^data-free looks at the model's BatchNormalization, not at samples: calibrate"
+    ):
+        found.rechosen(Method.DATA_FREE, percent=99.99, target=target_named("ort-cpu"))
+    parts = [replace(each, method=Method.DATA_FREE) for each in shards(2)]
+    with pytest.raises(DataError, match="cannot be merged: data-free looks at the model"):
+        merged(parts)
+    with pytest.raises(DataError, match="do not say by which method"):
+        merged([replace(each, method=None) for each in parts])
+
+
 def test_ranges_without_histograms_have_no_other_choice_but_minmax():
     found, _ = calibrate(MODEL, DATA, samples=40)
     target = target_named("ort-cpu")

@@ -133,11 +133,11 @@ def test_a_model_that_onnxruntime_refuses_is_an_error():
 def test_tensors_that_cannot_be_observed_are_skipped_with_a_reason():
     model = model_of("""
         <ir_version: 8, opset_import: ["" : 17]>
-        branches (float[3] x) => (float[3] y, int64[1] shape) <float[1] two = {2}, bool yes = {1}> {
+        loops (float[3] x) => (float[3] y, int64[1] shape) <float[1] two = {2}, bool yes = {1}, int64 times = {3}> {
             shape = Shape (x)
-            c = If (yes) <
-                then_branch = t () => (float[3] a) { inner = Mul (x, two)  a = Relu (inner) },
-                else_branch = e () => (float[3] b) { b = Identity (x) }
+            c = Loop (times, yes, x) <
+                body = b (int64 i, bool on, float[3] a) => (bool same, float[3] d)
+                { same = Identity (on)  inner = Mul (a, two)  d = Relu (inner) }
             >
             y = Add (c, two)
         }
@@ -147,7 +147,7 @@ def test_tensors_that_cannot_be_observed_are_skipped_with_a_reason():
     assert list(observation.statistics) == ["y"]
     assert {skip.where: skip.reason for skip in observation.skipped} == {
         "shape": "its values are int64: only floating-point tensors are quantized",
-        "inner": "it is inside a branch or a body, where its values cannot be observed",
+        "inner": "it is inside the body of a loop, where its values cannot be observed",
         "two": "it is constant: its range is known without samples",
         "nowhere": "the graph has no tensor of that name",
     }

@@ -36,7 +36,7 @@ def bounds_of(ranges):
     return {name: (found.minimum, found.maximum) for name, found in ranges.tensors.items()}
 
 
-@given(st.dictionaries(st.text("ab:/ _", min_size=1).map(str.strip).filter(bool), st.floats(0, 2.0**100, width=32)))
+@given(st.dictionaries(st.text("ab:/ _\x0b\u2028", min_size=1), st.floats(0, 2.0**100, width=32)))
 def test_a_tensorrt_cache_gives_back_what_was_written(tmp_path_factory, largest):
     path = tmp_path_factory.mktemp("caches") / "model.cache"
     write_ranges(ranges_of(**{name: (-value, value / 2) for name, value in largest.items()}), path)
@@ -47,7 +47,8 @@ def test_a_tensorrt_cache_gives_back_what_was_written(tmp_path_factory, largest)
     read = read_ranges(path)
     assert list(read.tensors) == list(largest)
     for name, value in largest.items():
-        assert read.tensors[name].maximum == pytest.approx(value, rel=1e-6, abs=1e-43)
+        expected = value if np.float32(value / 127) else 1
+        assert read.tensors[name].maximum == pytest.approx(expected, rel=1e-6, abs=1e-43)
         assert read.tensors[name].minimum == -read.tensors[name].maximum
 
 
@@ -55,12 +56,12 @@ def test_a_line_of_a_tensorrt_cache_is_a_name_and_a_big_endian_float(tmp_path):
     path = tmp_path / "model.cache"
     write_ranges(ranges_of(**{"conv:0": (-127.0, 12.0)}), path)
     assert path.read_text() == "TRT-8501-EntropyCalibration2\nconv:0: 3f800000\n"
-    text = "TRT-10300-MinMaxCalibration\r\n(Unnamed Layer* 3) [Convolution]_output: 3c010a14\r\n\r\nx: 0\n"
+    text = "TRT-10300-MinMaxCalibration\r\n(Unnamed Layer* 3) [Convolution]_output: 3c010a14\r\n\r\nx : 3f800000\n"
     read = read_tensorrt_cache(text, "a.cache")
     assert bounds_of(read)["(Unnamed Layer* 3) [Convolution]_output"][1] == pytest.approx(
         127 * struct.unpack(">f", bytes.fromhex("3c010a14"))[0]
     )
-    assert bounds_of(read)["x"] == (0, 0)
+    assert bounds_of(read)["x "] == (-127, 127)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,8 @@ def test_a_line_of_a_tensorrt_cache_is_a_name_and_a_big_endian_float(tmp_path):
         ("x: 7fc00000", "line 2: the scale of x is nan"),
         ("x: 7f800000", "line 2: the scale of x is inf"),
         ("x: bf800000", "line 2: the scale of x is -1.0"),
+        ("x: 00000000", "line 2: the scale of x is 0.0"),
+        ("x: 0", "line 2: the scale of x is 0.0"),
         ("x: 3f800000\nx: 3f800000", "line 3: x is there twice"),
         ("", "names no tensor"),
     ],
@@ -83,6 +86,24 @@ def test_a_damaged_cache_is_an_error_with_its_line(tmp_path, line, message):
     path.write_text(f"TRT-8501-EntropyCalibration2\n{line}\n")
     with pytest.raises(DataError, match=message):
         read_ranges(path)
+
+
+@pytest.mark.parametrize("version", ["8501", "8XXX", "100300"])
+def test_the_header_may_be_of_any_version(version):
+    assert bounds_of(read_tensorrt_cache(f"TRT-{version}-LegacyCalibration\nx: 3f800000\n", "a")) == {"x": (-127, 127)}
+
+
+@pytest.mark.parametrize("header", ["TRT-8501-MagicCalibration", "TRT-8501", "TRT-", "x: 3f800000"])
+def test_a_cache_with_another_header_is_refused(tmp_path, header):
+    path = tmp_path / "model.cache"
+    path.write_text(f"{header}\nx: 3f800000\n")
+    with pytest.raises(DataError, match=r"line 1: is no header of a TensorRT calibration cache, .*MinMaxCalibration"):
+        read_ranges(path)
+
+
+def test_a_tensor_that_is_too_large_for_a_cache_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"the range of x reaches 1e\+60"):
+        write_ranges(ranges_of(x=(0, 1e60)), tmp_path / "model.cache")
 
 
 def test_a_name_of_two_lines_has_no_place_in_a_cache(tmp_path):
@@ -142,6 +163,22 @@ def test_an_entry_without_bounds_is_named(tmp_path, entry):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"good": [0, 1], "bad": entry}))
     with pytest.raises(DataError, match="read as onnxruntime's calibration table, but bad has no lowest and highest"):
+        read_ranges(path)
+
+
+@pytest.mark.parametrize("content", [{"CLS": "TensorsData", "data": {}}, {"CLS": "TensorsData"}])
+def test_a_table_that_names_no_tensor_is_refused(tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match='"data" of onnxruntime\'s calibration'):
+        read_ranges(path)
+
+
+def test_a_table_by_channel_is_refused_with_the_reason(tmp_path):
+    path = tmp_path / "table.json"
+    array = {"CLS": "numpy.array", "data": [[[[-1.0]], [[-2.0]]]], "dtype": "float32"}
+    path.write_text(json.dumps({"conv": {"CLS": "TensorData", "lowest": array, "highest": array}}))
+    with pytest.raises(DataError, match="conv has no lowest and highest value: it has 2, one for each channel"):
         read_ranges(path)
 
 
