@@ -67,7 +67,7 @@ def optimize(
         preprocess: how a folder of images becomes arrays, as text ("resize=256:crop=224"), a TOML file or a
             `Preprocess`, which describes the keys.
         samples: use at most this many samples of `data`.
-        target: a name in `graphopt.targets.TARGETS`.
+        target: a name in `graphopt.targets.targets()`.
         ranges: a file that `calibrate` writes (a TensorRT cache if its name ends in .cache), or that is read when the
             pipeline has no `calibrate` (also a TensorRT cache or onnxruntime's calibration JSON); or ranges.
         memory_budget: bytes of activations that calibration may hold at a time.
@@ -136,7 +136,7 @@ def calibrate(
         preprocess: for a folder of images, as `optimize`.
         samples: use at most this many samples of `data`, before they are divided.
         shard: which part of the samples to use; `merged` makes one of all parts.
-        target: a name in `graphopt.targets.TARGETS`.
+        target: a name in `graphopt.targets.targets()`.
         memory_budget: bytes of activations to hold at a time.
         progress: is told how far the work is.
 
@@ -238,7 +238,7 @@ def lint(model: Source, target: str = "ort-cpu") -> LintReport:
 
     Args:
         model: a path, a ModelProto or a gs.Graph; left as it is.
-        target: a name in `graphopt.targets.TARGETS`.
+        target: a name in `graphopt.targets.targets()`.
 
     Raises:
         GraphoptError: the model cannot be read, or there is no such target.

@@ -22,7 +22,7 @@ from graphopt.ranges import Ranges
 from graphopt.ranges_files import write_ranges
 from graphopt.report.console import print_ranges
 from graphopt.report.terminal import progress_bars
-from graphopt.targets import TARGETS, target_named
+from graphopt.targets import target_named, targets
 from graphopt.thresholds import Method
 
 _METHODS = [method.value for method in Method]
@@ -40,7 +40,7 @@ def add_calibrate(commands: Any) -> None:
     calibrating.add_argument(
         "--passes", default="fold", metavar="PIPELINE", help="what optimize runs before calibrate; default: fold"
     )
-    calibrating.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
+    calibrating.add_argument("--target", default="ort-cpu", metavar="T", help=", ".join(targets()))
     calibrating.add_argument("--method", default=DEFAULT_METHOD.value, metavar="M", help=f"{', '.join(_METHODS)}")
     calibrating.add_argument("--percent", type=float, default=99.99, metavar="P", help="for the method percentile")
     calibrating.add_argument("--histograms", action="store_true", help="keep them, to choose other ranges later")

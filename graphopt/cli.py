@@ -32,7 +32,7 @@ from graphopt.report.console import print_check, print_inspection, print_passes,
 from graphopt.report.lint import print_lint, print_rules
 from graphopt.report.records import plain_values
 from graphopt.report.terminal import progress_bars
-from graphopt.targets import TARGETS, target_named
+from graphopt.targets import target_named, targets
 from graphopt.version import VERSION
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     optimizing.add_argument("-o", "--output", metavar="OUT", help="default: MODEL with the suffix .opt.onnx")
     add_data_arguments(optimizing)
-    optimizing.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
+    optimizing.add_argument("--target", default="ort-cpu", metavar="T", help=", ".join(targets()))
     optimizing.add_argument(
         "--ranges",
         metavar="FILE",
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 
     linting = add_command(commands, "lint", _lint, "hold a quantized model against the rules of a target")
     linting.add_argument("model", metavar="MODEL", nargs="?")
-    linting.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
+    linting.add_argument("--target", default="ort-cpu", metavar="T", help=", ".join(targets()))
     linting.add_argument("--list", action="store_true", help="list the rules of the target instead")
     linting.add_argument("--json", action="store_true", help="print JSON")
 

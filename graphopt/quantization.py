@@ -40,6 +40,8 @@ class QuantType:
 
 UINT8 = QuantType(np.dtype(np.uint8), 0, 255, symmetric=False)
 INT8 = QuantType(np.dtype(np.int8), -128, 127, symmetric=False)
+UINT16 = QuantType(np.dtype(np.uint16), 0, 65535, symmetric=False)
+INT16 = QuantType(np.dtype(np.int16), -32768, 32767, symmetric=False)
 INT8_SYMMETRIC = QuantType(np.dtype(np.int8), -128, 127, symmetric=True)
 INT8_WEIGHT = QuantType(np.dtype(np.int8), -127, 127, symmetric=True)
 

@@ -51,6 +51,17 @@ from graphopt.shapes import infer_shapes
 from graphopt.targets import Target
 
 _PER_CHANNEL_OPSET = 13
+_SIXTEEN_BITS_OPSET = 21
+
+
+class ActivationType(Enum):
+    """Integers that activations are stored as; `auto` leaves it to the target."""
+
+    AUTO = "auto"
+    UINT8 = "uint8"
+    INT8 = "int8"
+    UINT16 = "uint16"
+    INT16 = "int16"
 
 
 class Switch(Enum):
@@ -75,6 +86,11 @@ class InsertQdq(Pass):
     reduce_range: Switch = field(
         default=Switch.AUTO, metadata={"help": "weights whose int8 sums cannot saturate, for x86 without VNNI"}
     )
+    activations: ActivationType = field(
+        default=ActivationType.AUTO,
+        metadata={"help": "the type of activations; 16 bits are exact enough for most, and run in float on ort-cpu"},
+    )
+    per_channel: bool = field(default=True, metadata={"help": "weights have a scale for each output channel"})
     int8_weights: Switch = field(
         default=Switch.AUTO, metadata={"help": "store weights as int8 behind a DQ, not as float behind Q and DQ"}
     )
@@ -109,7 +125,8 @@ class InsertQdq(Pass):
         placement = _place_with_ranges(graph, target, excluded, ranges)
         if not placement.nodes:
             return PassResult(skipped=placement.skipped)
-        if (note := raise_opset(graph, _PER_CHANNEL_OPSET)) is not None:  # some nodes are others now
+        least = _PER_CHANNEL_OPSET if target.activation.dtype.itemsize == 1 else _SIXTEEN_BITS_OPSET
+        if (note := raise_opset(graph, least)) is not None:  # some nodes are others now
             infer_shapes(graph)
             excluded = self._excluded(graph)
             placement = _place_with_ranges(graph, target, excluded, ranges)
@@ -133,6 +150,21 @@ class InsertQdq(Pass):
         )
 
     def _options_on(self, target: Target) -> Target:
+        """The target with what the options override.
+
+        Raises:
+            PipelineError: the target has no such activations.
+        """
+        if self.activations is not ActivationType.AUTO:
+            chosen = target.activations.get(self.activations.value)
+            if chosen is None:
+                known = ", ".join(target.activations)
+                raise PipelineError(f"qdq:activations: {target.name} has {known}, not {self.activations.value}")
+            costs = target.costs if chosen == target.activation else None  # they are those of its own type
+            target = replace(target, activation=chosen, costs=costs)
+        if not self.per_channel:
+            rules = {op: replace(rule, per_channel=False) for op, rule in target.rules.items()}
+            target = replace(target, rules=rules)
         if self.reduce_range is not Switch.AUTO:
             target = replace(target, saturates=self.reduce_range is Switch.ON)
         if self.int8_weights is not Switch.AUTO:

@@ -8,17 +8,18 @@ import pytest
 from onnx import numpy_helper
 from texts import model_of
 
+import graphopt
 from graphopt.errors import PipelineError
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.passes import Fold, InsertQdq
-from graphopt.passes.insert_qdq import Switch
+from graphopt.passes.insert_qdq import ActivationType, Switch
 from graphopt.placement import place
 from graphopt.quantization import INT8_WEIGHT
 from graphopt.ranges import Ranges, TensorRange
 from graphopt.runtime import open_session, optimized_ops
 from graphopt.shapes import infer_shapes
-from graphopt.targets import TARGETS, target_named
+from graphopt.targets import target_named, targets
 from graphopt.targets.ort_cpu import ORT_CPU
 from graphopt.targets.tensorrt import TENSORRT
 
@@ -168,7 +169,7 @@ def test_an_operator_without_a_range_stays_float_with_the_reason():
     assert "no range is known for y" in result.skipped[0].reason
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 @pytest.mark.parametrize("name", ["fmnist_resnet", "fmnist_mbv2", "fmnist_srunet"])
 def test_whatever_range_is_missing_the_rest_is_quantized(name, target):
     folded = load_model(MODELS / f"{name}.onnx")
@@ -214,3 +215,31 @@ def test_a_weight_of_two_readers_is_stored_once():
 def test_weights_use_the_whole_symmetric_range():
     stored = initializers(quantized(model_of(CONV_RELU_CONV), reduce_range=Switch.OFF)[0])["w_quantized"]
     assert stored.min() >= INT8_WEIGHT.minimum
+
+
+def test_activations_of_another_type_raise_the_opset_where_it_must():
+    sixteen = {"activations": ActivationType.INT16}
+    proto, _ = quantized(model_of(CONV_RELU_CONV), **sixteen)
+    assert proto.opset_import[0].version == 21
+    assert initializers(proto)["x_zero_point"].dtype == np.int16
+    assert initializers(proto)["w_quantized"].dtype == np.int8
+
+
+def test_a_target_refuses_activations_that_it_has_not():
+    with pytest.raises(PipelineError, match="tensorrt has int8, not uint8"):
+        quantized(model_of(CONV_RELU_CONV), target=TENSORRT, activations=ActivationType.UINT8)
+
+
+def test_weights_have_one_scale_where_channels_are_not_wanted():
+    proto, _ = quantized(model_of(CONV_RELU_CONV), per_channel=False)
+    assert initializers(proto)["w_scale"].shape == ()
+
+
+def test_sixteen_bits_are_more_exact_than_eight():
+    data = str(MODELS / "fashion_mnist_calibration.npz")
+    found = {}
+    for kind in ("uint8", "uint16"):
+        passes = f"fold,calibrate:method=minmax,qdq:activations={kind}"
+        result = graphopt.optimize(MODELS / "fmnist_resnet.onnx", passes, data=data)
+        found[kind] = min(output.sqnr_db for output in result.report.check.comparison.outputs)
+    assert found["uint16"] > found["uint8"] + 3  # the weights keep 8 bits

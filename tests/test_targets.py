@@ -1,5 +1,7 @@
 """What the targets' tables say, held against the installed onnxruntime: which groups really become int8 kernels."""
 
+from dataclasses import replace
+
 import pytest
 from texts import model_of
 
@@ -8,7 +10,7 @@ from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.passes import Calibrate, InsertQdq
 from graphopt.runtime import optimized_ops
-from graphopt.targets import TARGETS, Role, target_named
+from graphopt.targets import Role, Target, target_named, targets
 from graphopt.targets.ort_cpu import ORT_CPU, cpu_has_vnni
 
 CONV = "Conv<pads=[1,1,1,1]>"
@@ -95,7 +97,7 @@ def test_onnxruntime_runs_matrix_products_in_int8(body, kernel):
 
 
 def test_the_tables_name_operators_once():
-    for name in TARGETS:
+    for name in targets():
         target = target_named(name)
         assert not set(target.rules) & set(target.stays_float)
         assert any(rule.role is Role.GAINS for rule in target.rules.values())
@@ -119,3 +121,52 @@ def test_an_unknown_processor_is_not_taken_for_one_that_saturates(tmp_path):
     assert cpu_has_vnni(tmp_path / "none") is None
     (tmp_path / "arm").write_text("Features : asimd\n", encoding="ascii")
     assert cpu_has_vnni(tmp_path / "arm") is None
+
+
+class _EntryPoint:
+    """What importlib.metadata gives for a package's entry point."""
+
+    def __init__(self, name, found):
+        self.name, self.value, self.found = name, "package:thing", found
+
+    def load(self):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.fixture
+def registering(monkeypatch):
+    def register(name, found):
+        monkeypatch.setattr("graphopt.targets.entry_points", lambda group: [_EntryPoint(name, found)])
+        targets.cache_clear()
+
+    yield register
+    monkeypatch.undo()
+    targets.cache_clear()
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_an_installed_package_adds_a_target(registering, as_function):
+    npu = replace(ORT_CPU, name="npu")
+    registering("npu", (lambda: npu) if as_function else npu)
+    assert target_named("npu") is npu
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "words"),
+    [
+        ("npu", ImportError("no such library"), "cannot be imported: no such library"),
+        ("tensorrt", ORT_CPU, "takes a name that is taken"),
+        ("npu", ORT_CPU, "no graphopt.targets.Target of that name"),
+        ("npu", lambda: 3, "no graphopt.targets.Target of that name"),
+    ],
+)
+def test_a_package_that_gives_no_target_is_an_error_that_says_why(registering, name, found, words):
+    registering(name, found)
+    with pytest.raises(GraphoptError, match=words):
+        target_named(name)
+
+
+def test_a_target_is_data():
+    assert all(isinstance(target_named(name), Target) for name in targets())

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from graphopt.quantization import INT8, INT8_WEIGHT, UINT8
+from graphopt.quantization import INT8, INT8_WEIGHT, INT16, UINT8, UINT16
 from graphopt.targets.ort_rules import ORT_ARM_RULES, ORT_X86_RULES, figures, sums_do_not_saturate
 from graphopt.targets.target import Costs, Role, Rule, Target
 
@@ -54,6 +54,7 @@ ORT_CPU = Target(
     weight=INT8_WEIGHT,
     runs_here=True,
     rules=_RULES,
+    activations={"uint8": UINT8, "int8": INT8, "uint16": UINT16, "int16": INT16},
     absorbs_factors=True,
     costs=_COSTS,
     decomposed=frozenset(_HARD_ACTIVATIONS),

@@ -29,6 +29,7 @@ TENSORRT = Target(
     description="TensorRT: symmetric int8, zero point 0, weights per channel",
     activation=INT8_SYMMETRIC,
     weight=INT8_WEIGHT,
+    activations={"int8": INT8_SYMMETRIC},
     rules={
         "Conv": _WEIGHTED,
         # per-channel ConvTranspose weights are accepted by some versions only: one scale
