@@ -456,7 +456,7 @@ class TestCommands:
 
     def test_python_takes_the_same(self, folder):
         result = graphopt.optimize("net.onnx", "calibrate,qdq:small_islands=true", data="photos", preprocess=REQUEST)
-        assert result.report.warnings == ["the ranges come from 4 samples; from 32 on they are steadier"]
+        assert "the ranges come from 4 samples; from 32 on they are steadier" in result.report.warnings
         found = graphopt.check("net.onnx", result.model, data="photos", preprocess=Path("photos.toml"))
         assert found.comparison == result.report.check.comparison
         assert found.notes == ()
