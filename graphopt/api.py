@@ -342,7 +342,11 @@ def _lint_warnings(report: Report) -> list[str]:
     if speedup is not None and speedup < _SLOWER:
         slower = f"int8 is slower than float on this machine ({1 / speedup:.2f} x the time)"
         found = report.lint.count(Severity.WARNING)
-        why = f"{found} operators run in float or slow int8: {advice}" if found else "keep the float model here"
+        why = (
+            f"{found} operators run in float or slow int8: {advice}"
+            if found
+            else "keep the float model here, or let qdq:autotune=true find what pays"
+        )
         warnings.append(f"{slower}: {why}")
     return warnings
 

@@ -42,9 +42,9 @@ _RULES = {
 
 # One operator at a time between float tensors, two threads, AVX-512 with VNNI: Conv of 0.6 and 7.2 M MACs saves 4 and
 # 80 us, Gemm of 0.2 and 1 M MACs 4 and 28 us beyond its conversions, depthwise Conv nothing; a Q or DQ of a small
-# tensor costs 2 to 3 us, a large one and its Transpose 0.2 to 0.3 ns an element.
+# tensor costs 1 us, a large one and its Transpose 0.2 to 0.3 ns an element.
 _COSTS = Costs(
-    saved_ns_per_mac={"Conv": 0.013, "Gemm": 0.035, "MatMul": 0.035}, border_ns=2500, border_ns_per_element=0.25
+    saved_ns_per_mac={"Conv": 0.013, "Gemm": 0.035, "MatMul": 0.035}, border_ns=1000, border_ns_per_element=0.25
 )
 
 ORT_CPU = Target(
