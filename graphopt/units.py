@@ -60,6 +60,10 @@ class Units:
         """An axis with a new unit in each position; an axis of one position has nothing to remove."""
         return Axis(size, (self._new(size),)) if size > 1 else Axis(size)
 
+    def fresh_positions(self, size: int) -> Axis:
+        """As `fresh`, also for one position: a part of an axis, which may go as a whole."""
+        return Axis(size, (self._new(size),))
+
     def freeze(self, axis: Axis, reason: str) -> Axis:
         """Keep every unit of an axis for `reason`, a sentence; return the axis as one that stays as it is."""
         for column in axis.columns:
@@ -122,10 +126,8 @@ class Units:
         return Axis(math.prod(sizes), tuple(columns), _first_reason(axes))
 
     def take(self, axis: Axis, positions: Ids) -> Axis:
-        """The axis at `positions`; NONE among them stands for something new that stays."""
-        new = positions == NONE
-        columns = tuple(np.where(new, NONE, column[positions]) for column in axis.columns)
-        return Axis(len(positions), columns, axis.fixed)
+        """The axis at `positions`, negative ones counted from its end."""
+        return Axis(len(positions), tuple(column[positions] for column in axis.columns), axis.fixed)
 
     def concatenate(self, axes: Sequence[Axis]) -> Axis:
         """One axis after the other."""
