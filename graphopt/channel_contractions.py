@@ -23,6 +23,8 @@ from graphopt.units import Axis
 
 def _conv(flow: Flow, node: gs.Node) -> None:
     data, weight, sizes = flow.input(node, 0), flow.input(node, 1), flow.shape(node.outputs[0])
+    for axis in weight[2:]:
+        flow.hold(axis, node, "has these in its kernel")
     groups = node.attrs.get("group", 1)
     if groups == 1:
         summed = flow.align(data[1], weight[1])
@@ -41,6 +43,8 @@ def _conv(flow: Flow, node: gs.Node) -> None:
 
 def _conv_transpose(flow: Flow, node: gs.Node) -> None:
     data, weight, sizes = flow.input(node, 0), flow.input(node, 1), flow.shape(node.outputs[0])
+    for axis in weight[2:]:
+        flow.hold(axis, node, "has these in its kernel")
     groups = node.attrs.get("group", 1)
     summed = flow.align(data[1], weight[0])
     output = weight[1]

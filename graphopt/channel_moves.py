@@ -155,7 +155,10 @@ def _slice(flow: Flow, node: gs.Node) -> None:
             flow.hold(axes[place], node, "computes its bounds when it runs")
             axes[place] = Axis(shape[place], fixed=f"{label_of(node)} slices them")
     for place, taken in (bounds or {}).items():
-        if axes[place].columns:
+        if axes[place].columns and len(bounds or ()) > 1 and abs(taken.step) > 1:
+            flow.hold(axes[place], node, "takes every so many of them, and slices other axes too")
+            axes[place] = Axis(shape[place], fixed=f"{label_of(node)} takes every so many")
+        elif axes[place].columns:
             axes[place] = flow.units.take(axes[place], positions(axes[place].size)[taken])
         else:
             axes[place] = Axis(shape[place], fixed=axes[place].fixed)

@@ -8,8 +8,8 @@ looks at an axis as a product (`graphopt.units`). An operator without a rule kee
 and outputs, with the reason. What is left is sorted into groups: units that occur on the same axes. No topology is
 looked for; heads of attention, conv groups, channel shuffles and gates of LSTM follow from the rules.
 
-The time is linear in the positions of all axes. Open input sizes are assumed (`graphopt.sizes`); units come from weights, whose
-sizes are known, so what is found holds for all input sizes.
+The time is linear in the positions of all axes. Open input sizes are assumed (`graphopt.sizes`); units come from
+weights, whose sizes are known, so what is found holds for all input sizes.
 """
 
 from __future__ import annotations
@@ -336,8 +336,10 @@ class _Gathering:
                     mark = random.integers(2**63, dtype=np.uint64)
                     signature += np.bincount(units, minlength=self._count).astype(np.uint64) * mark
                     columns.append((name, axis, units))
-        for unit, reason in frozen.items():
-            signature[unit] += np.uint64(hash(reason) & (2**63 - 1))
+        reasons = dict.fromkeys(frozen.values())
+        mark_of = dict(zip(reasons, random.integers(2**63, size=len(reasons), dtype=np.uint64), strict=True))
+        if frozen:
+            signature[list(frozen)] += np.array([mark_of[reason] for reason in frozen.values()])
         _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
         group_of = group_of.reshape(-1)
         members: list[list[Member]] = [[] for _ in first]
@@ -347,7 +349,7 @@ class _Gathering:
             for group in np.flatnonzero(counts).tolist():
                 members[group].append(Member(name, axis, int(counts[group] // sizes[group])))
         macs, weights = self._per_unit(works), self._per_unit(params)
-        makers = self._makers(group_of)
+        makers, carried = self._makers(group_of), self._carried()
         ordered = np.argsort(group_of, kind="stable")
         starts = np.concatenate([[0], np.cumsum(sizes)])
         names: set[str] = set()
@@ -357,6 +359,8 @@ class _Gathering:
             own = sorted(members[group], key=lambda member: member.tensor not in self._constants)
             name, width = makers.get(group, (own[0].tensor if own else "", own[0].positions if own else 1))
             unit = int(units[0])
+            if unit not in carried:
+                continue
             result.append(
                 Group(
                     _fresh(name, names),
@@ -365,7 +369,7 @@ class _Gathering:
                     width,
                     round(macs[unit]),
                     round(weights[unit]),
-                    frozen.get(unit) or _too_few(own, units),
+                    frozen.get(unit) or _too_few(units),
                     inexact.get(unit),
                 )
             )
@@ -380,6 +384,17 @@ class _Gathering:
                     total += np.bincount(units, minlength=self._count) * (cost.amount / labels.shape[1])
         return total
 
+    def _carried(self) -> set[int]:
+        """The units on a channel axis of a linear operator; others are not worth a group."""
+        found: set[int] = set()
+        for linear in self._flow.linears:
+            axes = self.axes.get(linear.weight, ())
+            for place in (linear.output_axis, linear.input_axis):
+                labels = axes[place] if axes else None
+                if labels is not None:
+                    found.update(np.unique(labels[labels != NONE]).tolist())
+        return found
+
     def _makers(self, group_of: NDArray[np.int64]) -> dict[int, tuple[str, int]]:
         """The first linear operator of which the output axis of the weight holds a group, and how often."""
         makers: dict[int, tuple[str, int]] = {}
@@ -393,7 +408,7 @@ class _Gathering:
         return makers
 
 
-def _too_few(members: list[Member], units: NDArray[np.int64]) -> str | None:
+def _too_few(units: NDArray[np.int64]) -> str | None:
     return "it is one unit alone: without it, an axis would be empty" if len(units) < 2 else None
 
 
