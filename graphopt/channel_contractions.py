@@ -1,7 +1,7 @@
 """Rules of operators that sum over an axis of a weight: Conv, ConvTranspose, Gemm, MatMul, Einsum, LSTM, GRU, RNN.
 
-The axes that are summed over lose the same positions on both sides, and the sum over what is left equals the sum with zeros in
-the places that went. All other axes pass on to the result. Groups of a convolution split both channel axes:
+The axes that are summed over lose the same positions on both sides, and the sum over what is left equals the sum with
+zeros in the places that went. All other axes pass on to the result. Groups of a convolution split both channel axes:
 
     X [N, g * C/g, ...], W [g * M/g, C/g, ...] -> Y [N, g * M/g, ...]
 

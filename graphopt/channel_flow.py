@@ -1,4 +1,4 @@
-"""What the rules of operators share while channels are followed through a graph: axes of tensors, and what must stay."""
+"""What the rules of operators share while channels are followed through a graph: axes, and what must stay."""
 
 from __future__ import annotations
 

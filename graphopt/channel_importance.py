@@ -3,10 +3,11 @@
 With W the weight of a linear operator, W[p] its slice at a position p of a channel axis, and x[p] the channel that it
 reads there, the score of a unit adds up over the positions that go with it:
 
-    l1, l2       |W[p]| in that norm, of every weight that has the unit on its output or its input axis, each divided by its
-                 mean over the group: a small layer counts as much as a large one  (DepGraph, arXiv 2301.12900)
+    l1, l2       |W[p]| in that norm, of every weight that has the unit on its output or its input axis, each divided by
+                 its mean over the group: a small layer counts as much as a large one  (DepGraph, arXiv 2301.12900)
     bn-scale     |scale| of BatchNormalization  (Network Slimming, arXiv 1708.06519); l2 for groups without
-    activation   ||W[p]||^2 * Var(x[p]) over the readers: the output error once the mean is absorbed  (FLAP, arXiv 2312.11983)
+    activation   ||W[p]||^2 * Var(x[p]) over the readers: the output error once the mean is absorbed  (FLAP, arXiv
+                 2312.11983)
     wanda        ||W[p]|| * ||x[p]||, root mean square, over the readers  (arXiv 2306.11695, by channels)
     fpgm         sum of distances to the other filters: what is near the others can be spared  (arXiv 1811.00250)
     random       the baseline that any other must beat
@@ -104,14 +105,13 @@ def _of_linear(
     if importance.needs_data:
         seen = statistics.get(linear.data)
         data = groups.axes.get(linear.data)
-        if seen is None or data is None or data[linear.data_axis] is None:
+        labels = None if data is None else data[linear.data_axis]
+        if seen is None or labels is None:
             return []
         energy = input_energy(weight, linear)
         moved = seen.variance if importance is Importance.ACTIVATION else seen.variance + seen.mean**2
         value = energy * moved
-        return [
-            _by_unit(data[linear.data_axis], value if importance is Importance.ACTIVATION else np.sqrt(value), groups)
-        ]
+        return [_by_unit(labels, value if importance is Importance.ACTIVATION else np.sqrt(value), groups)]
     if importance is Importance.FPGM:
         return (
             []

@@ -1,8 +1,8 @@
 """Rules of operators that move elements: which positions of an output come from which of an input.
 
 Reshape and what can be written with it (Flatten, DepthToSpace) work on groups of axes that fold into one another:
-[N, C, H, W] -> [N, C*H*W] is N -> N and C, H, W -> C*H*W. The others work on one axis, and run themselves on its positions:
-the positions of x[1:9:2] are positions[1:9:2].
+[N, C, H, W] -> [N, C*H*W] is N -> N and C, H, W -> C*H*W. The others work on one axis, and run themselves on its
+positions: those of x[1:9:2] are positions[1:9:2].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cut units out of a graph: slice its constants, and restate every size that the graph holds as data.
 
-In ONNX, sizes are data: targets of Reshape and Expand, sizes of Split and Resize, bounds of Slice, pads, indices of Gather,
-and the attributes `group`, `num_groups` and `hidden_size`. Each is computed anew from the positions that are left. A
+In ONNX, sizes are data: targets of Reshape and Expand, sizes of Split and Resize, bounds of Slice, pads, indices of
+Gather, and the attributes `group`, `num_groups` and `hidden_size`. Each is computed anew from the positions that are left. A
 constant with several readers that need it differently becomes one for each; a vector that nobody reads whole is cut in
 place.
 """
@@ -182,8 +182,9 @@ def _restate_target(cutting: _Cutting, node: gs.Node, index: int) -> None:
         positions = None if kept is None else kept[place + rank - len(entries)]
         if isinstance(entry, int) and entry > 0 and positions is not None and len(positions) != entry:
             changes[place] = len(positions)
-        elif entry == 0 and node.op == "Reshape" and (size := _new_size(cutting, output, place)) is not None:
-            if size != _new_size(cutting, node.inputs[0], place):
+        elif entry == 0 and node.op == "Reshape":  # as in the input, where that axis may be another one
+            size = _new_size(cutting, output, place)
+            if size is not None and size != _new_size(cutting, node.inputs[0], place):
                 changes[place] = size
     if changes:
         set_input(node, index, restated(node.inputs[index], changes, cutting.graph, cutting.names))
@@ -244,7 +245,7 @@ def _put(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
 
 
 def _slice(cutting: _Cutting, node: gs.Node) -> None:
-    """A Slice takes a range of what is left; with steps, the analysis has held what would leave uneven ones."""
+    """A Slice takes a range of what is left; what one with steps leaves uneven becomes a Gather."""
     data = node.inputs[0]
     axes = cutting.kept.get(data.name)
     bounds = bounds_of(node, len(axes)) if axes is not None else None

@@ -3,10 +3,10 @@
     groups = find_groups(graph)
 
 Every constant brings one unit for each position of its axes; rules of operators (`channel_contractions`,
-`channel_alignments`, `channel_moves`) pass them on to results, merge those that meet, and refine them where an operator
-looks at an axis as a product (`graphopt.units`). An operator without a rule keeps what it touches, and so do graph inputs
-and outputs, with the reason. What is left is sorted into groups: units that occur on the same axes. No topology is
-looked for; heads of attention, conv groups, channel shuffles and gates of LSTM follow from the rules.
+`channel_alignments`, `channel_moves`) pass them on to results, merge those that meet, and refine them where an
+operator looks at an axis as a product (`graphopt.units`). An operator without a rule keeps what it touches, and so do
+graph inputs and outputs, with the reason. What is left is sorted into groups: units that occur on the same axes. No
+topology is looked for; heads of attention, conv groups, channel shuffles and gates of LSTM follow from the rules.
 
 The time is linear in the positions of all axes. Open input sizes are assumed (`graphopt.sizes`); units come from
 weights, whose sizes are known, so what is found holds for all input sizes.
@@ -30,6 +30,7 @@ from graphopt.channel_moves import MOVES, Rule
 from graphopt.graph import all_graphs, bodies, constants_in, is_constant, label_of, nested_output_names, present
 from graphopt.macs import count_macs
 from graphopt.node_order import sorted_nodes
+from graphopt.shapes import infer_shapes
 from graphopt.sizes import Shape, at_assumed_sizes, fixed_shape
 from graphopt.stated_sizes import SizeOf, carries_sizes, stated
 from graphopt.units import NONE, Axis
@@ -116,7 +117,7 @@ class ChannelGroups:
 
     def cost(self, kind: str, gone: NDArray[np.bool_]) -> float:
         """The "macs" or "params" of the graph without the units that are `gone`, bool [count]."""
-        return sum(each.amount * _share(each.axes, gone) for each in getattr(self, kind))
+        return sum(each.amount * _share(each.axes, gone) for each in (self.macs if kind == "macs" else self.params))
 
     def to_networkx(self) -> nx.Graph[str]:
         """Groups and the tensors that carry them as a bipartite graph; edges know axis and positions of each unit."""
@@ -164,20 +165,21 @@ def kept_positions(labels: NDArray[np.int64] | None, gone: NDArray[np.bool_]) ->
 
 
 def _share(axes: Labels, gone: NDArray[np.bool_]) -> float:
-    share = 1.0
+    share: float = 1.0
     for labels in axes:
         kept = kept_positions(labels, gone)
         if kept is not None and labels is not None:
-            share *= len(kept) / labels.shape[1]
+            share *= len(kept) / int(labels.shape[1])
     return share
 
 
 def find_groups(graph: gs.Graph) -> ChannelGroups:
-    """Find the channel groups of the main graph, which is left as it is.
+    """Find the channel groups of the main graph, whose shapes are inferred; else it is left as it is.
 
     Raises:
         ModelError: the graph has a cycle, or shape inference refuses it.
     """
+    infer_shapes(graph)
     sized, _ = at_assumed_sizes(graph)
     flow = Flow(_shapes(sized), count_macs(sized).by_node, opset=graph.opset or 0)
     nodes = sorted_nodes(graph)

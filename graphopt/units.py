@@ -1,9 +1,9 @@
 """Units, the smallest things that can be removed from a graph, and the axes that carry them.
 
-An axis of a tensor has *columns*: integer vectors with one unit id for each position, -1 where a column says nothing. A
-position goes when one of its units goes, so removing units leaves every tensor rectangular. Two columns are two
-factors of an axis: 32 channels that a Reshape takes as 4 heads of 8 have a column of 4 heads, each 8 times in a row, and
-one of 8 places, 4 times over.
+An axis of a tensor has *columns*: integer vectors with one unit id for each position, -1 where a column says nothing.
+A position goes when one of its units goes, so removing units leaves every tensor rectangular. Two columns are two
+factors of an axis: 32 channels that a Reshape takes as 4 heads of 8 have a column of 4 heads, each 8 times in a row,
+and one of 8 places, 4 times over.
 
 `Units` is a union-find over ids with one more move: an id can be *refined* into several, everywhere at once. That is
 how heads, conv groups and channel shuffles are found without a word from the user: 32 independent ids become 4 + 8 as

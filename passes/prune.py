@@ -1,9 +1,9 @@
 """Remove channels: whole units of channel groups, so that every tensor of the graph stays rectangular and smaller.
 
 Which positions go together: `graphopt.channels`; how much they matter: `graphopt.channel_importance`; how many go:
-`graphopt.channel_choice`; how the graph is cut: `graphopt.channel_removal`. The outputs are those of the graph with zeros in place of
-what was removed, where it is read (except behind means over removed channels, such as LayerNormalization). `refit`
-behind it recovers accuracy without training.
+`graphopt.channel_choice`; how the graph is cut: `graphopt.channel_removal`. The outputs are those of the graph with
+zeros in place of what was removed, where it is read (except behind means over removed channels, such as those of
+LayerNormalization). `refit` behind it recovers accuracy without training.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class Prune(Pass):
             DataError: a sample does not fit the model.
             ModelError: shape inference refuses the graph.
         """
-        removed, parts = 0, {}
+        removed = 0
+        parts: dict[str, int] = {}
         skipped: tuple[Skip, ...] = ()
         before: tuple[float, float] | None = None
         after = (0.0, 0.0)
         warnings: tuple[str, ...] = ()
         cut = context.cut
         for step in range(1, self.steps + 1):
-            infer_shapes(graph)
             groups = find_groups(graph)
             left_out = self._left_out(groups)
             if step == 1:

@@ -25,6 +25,8 @@ def zeroed(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
     types = {value.name: value.type.tensor_type.elem_type for value in result.graph.value_info}
     nodes = []
     for node in result.graph.node:
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            _forget(result.graph, node.input[2], cut)
         for index, name in enumerate(node.input):
             removed = cut.kept.get(name)
             if name not in computed or removed is None or types.get(name) != onnx.TensorProto.FLOAT:
@@ -40,6 +42,16 @@ def zeroed(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
     del result.graph.node[:]
     result.graph.node.extend(copies)
     return result
+
+
+def _forget(graph: onnx.GraphProto, recurrence: str, cut: Cut) -> None:
+    """Let removed units of a recurrent operator go unread by the next step: R [D, gates * H, H]."""
+    kept = cut.kept.get(recurrence)
+    for tensor in graph.initializer:
+        if tensor.name == recurrence and kept is not None and kept[2] is not None:
+            value = numpy_helper.to_array(tensor).copy()
+            value[:, :, np.setdiff1d(np.arange(value.shape[2]), kept[2])] = 0
+            tensor.CopyFrom(numpy_helper.from_array(value, recurrence))
 
 
 def _mask(kept: tuple[np.ndarray | None, ...], sizes: list[int]) -> np.ndarray:
@@ -84,9 +96,7 @@ def prune_and_compare(
 
 def parameters(model: onnx.ModelProto) -> int:
     """How many float parameters a model holds."""
-    return sum(
-        int(np.prod(each.dims)) for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT
-    )
+    return sum(int(np.prod(each.dims)) for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT)
 
 
 def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
