@@ -1,9 +1,8 @@
 """Cut units out of a graph: slice its constants, and restate every size that the graph holds as data.
 
 In ONNX, sizes are data: targets of Reshape and Expand, sizes of Split and Resize, bounds of Slice, pads, indices of
-Gather, and the attributes `group`, `num_groups` and `hidden_size`. Each is computed anew from the positions that are left. A
-constant with several readers that need it differently becomes one for each; a vector that nobody reads whole is cut in
-place.
+Gather, and the attributes `group`, `num_groups` and `hidden_size`. Each is computed anew from the positions that are
+left. A constant with readers that need it differently becomes one for each of them.
 """
 
 from __future__ import annotations

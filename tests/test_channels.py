@@ -238,7 +238,8 @@ NETS = {
         "e = MatMul(x, w0) f = MatMul(e, w1) q0, k0, v0 = Split<axis=2>(f, thirds) q1 = Reshape(q0, t1) "
         "k1 = Reshape(k0, t1) v1 = Reshape(v0, t1) q = Transpose<perm=[0,2,1,3]>(q1) "
         "kt = Transpose<perm=[0,2,3,1]>(k1) v = Transpose<perm=[0,2,1,3]>(v1) s = MatMul(q, kt) "
-        "p = Softmax<axis=-1>(s) o = MatMul(p, v) m = Transpose<perm=[0,2,1,3]>(o) c = Reshape(m, t2) y = MatMul(c, w2)",
+        "p = Softmax<axis=-1>(s) o = MatMul(p, v) m = Transpose<perm=[0,2,1,3]>(o) "
+        "c = Reshape(m, t2) y = MatMul(c, w2)",
         {"w0": (8, 32), "w1": (32, 96), "w2": (32, 5)},
         {"t1": [0, 0, 4, 8], "t2": [0, 0, 32], "thirds": [32, 32, 32]},
     ),
