@@ -371,7 +371,7 @@ class _Gathering:
                     width,
                     round(macs[unit]),
                     round(weights[unit]),
-                    frozen.get(unit) or _too_few(units),
+                    frozen.get(unit, _too_few(units)),
                     inexact.get(unit),
                 )
             )
