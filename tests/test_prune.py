@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from comparing import constant
-from test_channels import NETS, P, SCORES, TAIL, Net, bn, bn_node, tail
+from test_channels import NETS, SCORES, TAIL, Net, P, bn, bn_node, tail
 from zeroing import parameters, prune_and_compare
 
 from graphopt.channel_choice import Scope

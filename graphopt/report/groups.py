@@ -26,7 +26,9 @@ def print_groups(groups: ChannelGroups, console: Console) -> None:
 
 def _title(groups: ChannelGroups) -> str:
     free = [group for group in groups.groups if group.frozen is None]
-    return f"{len(groups.groups)} channel groups, {len(free)} that can be cut, {sum(each.size for each in free):,} units"
+    return (
+        f"{len(groups.groups)} channel groups, {len(free)} that can be cut, {sum(each.size for each in free):,} units"
+    )
 
 
 def _remark(group: Group) -> str:
