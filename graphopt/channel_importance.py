@@ -166,7 +166,8 @@ def _by_unit(labels: NDArray[np.int64], values: Array) -> Share:
     """The sum over the positions of each unit that an axis carries."""
     positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)[labels != NONE]
     units, group = np.unique(labels[labels != NONE], return_inverse=True)
-    return Share(units, np.bincount(group.reshape(-1), weights=values[positions], minlength=len(units)))
+    sums = np.bincount(group.reshape(-1), weights=values[positions], minlength=len(units))
+    return Share(units, sums.astype(np.float64))
 
 
 def _group_of_unit(groups: ChannelGroups) -> NDArray[np.int64]:
