@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from graphopt.channel_choice import (
     Scope,
     eligible_groups,
     factors_cut_elsewhere,
+    given_back,
     least_important,
     within_budget,
 )
@@ -189,7 +191,10 @@ class Prune(Pass):
             gone = within_budget(choose, _measuring(graph, groups, context), most, _LATENCY_TRIES)
         else:
             amount = before[kind == "params"]
-            gone = within_budget(choose, lambda found: groups.cost(kind, found), most * amount)
+            cost = partial(groups.cost, kind)
+            gone = within_budget(choose, cost, most * amount)
+            if gone is not None:
+                gone = given_back(eligible, scores, gone, limits, cost, most * amount)
         if gone is None:
             least = groups.cost("params" if kind == "params" else "macs", choose(1.0))
             reached = "" if kind == "latency" else f"; {least / before[kind == 'params']:.3f} is the least"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -17,6 +19,7 @@ from graphopt.macs import macs_by_node
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.pass_manager import PassManager
+from graphopt.passes.fold import Fold
 from graphopt.passes.prune import Prune
 from graphopt.targets import target_named
 
@@ -52,6 +55,15 @@ def test_a_budget_of_macs_is_kept_and_used(share):
 def test_a_budget_of_parameters_is_kept_and_used(share):
     _, after = prune_and_compare(CHAIN.model(), Prune(params=share, round_to=1))
     assert share - 0.08 < parameters(after) / parameters(CHAIN.model()) <= share
+
+
+def test_what_multiples_leave_of_a_budget_is_given_back_to_the_most_important_channels():
+    resnet = Path(__file__).resolve().parent.parent / "models" / "fmnist_resnet.onnx"
+    model = load_model(resnet)
+    Fold().apply(model.graph, Context(frame=model.frame))
+    before = macs(model.to_proto())
+    Prune(macs=0.7).apply(model.graph, Context(frame=model.frame))
+    assert 0.68 < macs(model.to_proto()) / before <= 0.7
 
 
 def test_a_budget_of_latency_is_measured(monkeypatch):
