@@ -93,7 +93,9 @@ def test_taken_and_concatenated_positions_keep_their_units(size):
     assert columns(units, units.concatenate([axis, turned])) == [[*range(size), *range(size)[::-1]]]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["align", "2x6", "3x4", "4x3", "6x2"]), st.integers(0, 3), st.integers(0, 3))))
+@given(
+    st.lists(st.tuples(st.sampled_from(["align", "2x6", "3x4", "4x3", "6x2"]), st.integers(0, 3), st.integers(0, 3)))
+)
 def test_axes_stay_aligned_whatever_happens_later(steps):
     units = Units()
     axes = [units.fresh(12) for _ in range(4)]
