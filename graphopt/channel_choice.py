@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.channels import ChannelGroups, Group
+from graphopt.channel_groups import ChannelGroups, Group
 from graphopt.units import NONE
 
 Gone = NDArray[np.bool_]

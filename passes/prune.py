@@ -27,10 +27,11 @@ from graphopt.channel_choice import (
     least_important,
     within_budget,
 )
+from graphopt.channel_groups import ChannelGroups, Group
 from graphopt.channel_importance import Importance, Reduce, score_units
 from graphopt.channel_removal import composed, remove_units
 from graphopt.channel_statistics import ChannelStatistics, LastAxisStatistics
-from graphopt.channels import ChannelGroups, Group, find_groups
+from graphopt.channels import find_groups
 from graphopt.dead_channels import dead_units
 from graphopt.errors import PipelineError
 from graphopt.made_up import made_up_samples
