@@ -44,6 +44,7 @@ def find_groups(graph: gs.Graph) -> ChannelGroups:
     sized, _ = at_assumed_sizes(graph)
     flow = Flow(_shapes(sized), count_macs(sized).by_node, opset=graph.opset or 0)
     nodes = sorted_nodes(graph)
+    _fill_in_ranks(flow, graph, nodes)
     for tensor in graph.inputs:
         _give_fixed(flow, tensor, f"it is the graph input {tensor.name}")
     for node in nodes:
@@ -58,6 +59,16 @@ def find_groups(graph: gs.Graph) -> ChannelGroups:
 def _shapes(sized: gs.Graph) -> dict[str, Shape | None]:
     tensors = [*sized.inputs, *(tensor for node in sized.nodes for tensor in (*node.inputs, *node.outputs))]
     return {tensor.name: fixed_shape(tensor) for tensor in tensors}
+
+
+def _fill_in_ranks(flow: Flow, graph: gs.Graph, nodes: list[gs.Node]) -> None:
+    """State ranks that inference finds at assumed sizes only: Shape, and what is made of it, cannot be read without."""
+    interface = {id(tensor) for tensor in graph.outputs}
+    for node in nodes:
+        for tensor in node.outputs:
+            shape = flow.shapes.get(tensor.name)
+            if tensor.shape is None and shape is not None and id(tensor) not in interface:
+                tensor.shape = [None] * len(shape)
 
 
 def _give_fixed(flow: Flow, tensor: gs.Tensor, reason: str) -> None:
