@@ -20,7 +20,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from graphopt.api import calibrates, check, inspect, lint, optimize
+from graphopt.api import calibrates, channel_groups, check, inspect, lint, optimize
 from graphopt.arguments import Command, add_command, add_data_arguments, add_memory_budget, data_files, refuse_outputs
 from graphopt.calibration_commands import add_calibrate, add_merge_ranges
 from graphopt.errors import GraphoptError, OutputError
@@ -29,6 +29,7 @@ from graphopt.model_io import load_model
 from graphopt.passes import registry
 from graphopt.pipeline import parse_pipeline
 from graphopt.report.console import print_check, print_inspection, print_passes, print_report
+from graphopt.report.groups import print_groups
 from graphopt.report.lint import print_lint, print_rules
 from graphopt.report.records import plain_values
 from graphopt.report.terminal import progress_bars
@@ -144,6 +145,15 @@ def _inspect(arguments: argparse.Namespace, console: Console, errors: Console) -
     return OK
 
 
+def _groups(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
+    found = channel_groups(arguments.model, passes=arguments.passes)
+    if arguments.json:
+        print(json.dumps(plain_values(found.to_json()), indent=2))
+    else:
+        print_groups(found, console)
+    return OK
+
+
 def _lint(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
     if arguments.list:
         print_rules(target_named(arguments.target), console)
@@ -251,6 +261,13 @@ def _parser() -> argparse.ArgumentParser:
     inspecting = add_command(commands, "inspect", _inspect, "size, parameters, MACs, operators and dtypes")
     inspecting.add_argument("model", metavar="MODEL")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
+
+    grouping = add_command(commands, "groups", _groups, "which channels prune removes together, and which stay and why")
+    grouping.add_argument("model", metavar="MODEL")
+    grouping.add_argument(
+        "--passes", default="fold", metavar="PIPELINE", help="what optimize runs before prune; default: fold"
+    )
+    grouping.add_argument("--json", action="store_true", help="print JSON")
 
     linting = add_command(commands, "lint", _lint, "hold a quantized model against the rules of a target")
     linting.add_argument("model", metavar="MODEL", nargs="?")

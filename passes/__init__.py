@@ -25,6 +25,7 @@ from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializ
 from graphopt.passes.merge_parallel_convs import MergeParallelConvs
 from graphopt.passes.merge_reshapes import MergeReshapes
 from graphopt.passes.merge_transposes import MergeTransposes
+from graphopt.passes.prune import Prune
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
@@ -48,6 +49,7 @@ __all__ = [
     "MergeParallelConvs",
     "MergeReshapes",
     "MergeTransposes",
+    "Prune",
     "RemoveDeadNodes",
     "RemoveDefaultInputs",
     "RemoveIdentities",
@@ -57,7 +59,7 @@ __all__ = [
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Calibrate, InsertQdq, StripQdq)
+_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Calibrate, InsertQdq, StripQdq)
 
 
 @cache

@@ -83,6 +83,7 @@ class Target:
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
         activations: types of activations that `qdq:activations` may ask for, by name.
+        channel_multiple: kernels are fastest at channel counts that are multiples of it.
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
         lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rule`.
@@ -104,6 +105,7 @@ class Target:
     saturates: bool = False
     runs_here: bool = False
     activations: Mapping[str, QuantType] = field(default_factory=dict)
+    channel_multiple: int = 8
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
     lint_rules: tuple[LintRule, ...] = ()

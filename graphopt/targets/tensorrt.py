@@ -45,6 +45,7 @@ TENSORRT = Target(
     },
     quantizes_outputs=False,
     residual_adds=True,
+    channel_multiple=8,
     stores_int8_weights=False,
     lint_rules=(*TENSORRT_ERRORS, *TENSORRT_WARNINGS, *TENSORRT_INFOS),
 )
