@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import onnx_graphsurgeon as gs
 
+from graphopt.cut import Cut
 from graphopt.feeds import Samples
 from graphopt.frame import Frame
 from graphopt.model_io import Model
@@ -65,6 +66,7 @@ class Context:
     target: Target = field(default_factory=lambda: target_named("ort-cpu"))
     samples: Samples | None = None  # calibration data; None: synthetic inputs
     ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
+    cut: Cut | None = None  # written by `prune`, consumed by `refit`
     memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
     original: Model | None = None  # the model as it came in, which no pass may change
