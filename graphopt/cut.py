@@ -1,8 +1,4 @@
-"""What a removal of channels leaves for the passes after it: the graph before it, and which positions are kept.
-
-Tensors keep their names when channels are removed, so a tensor of the cut graph and the one of the same name in the
-original correspond; along each axis, `kept` says which positions of the original are left.
-"""
+"""What a removal of channels did to a graph: the graph before it, and the positions that each tensor kept."""
 
 from __future__ import annotations
 
@@ -16,12 +12,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Cut:
-    """A removal of channels.
+    """A graph before channels were removed, and what is left of each tensor.
 
     Attributes:
         original: the graph before the cut.
-        kept: by tensor name, weights too: per axis the kept positions, None where all are. A tensor that is not
-            listed is whole.
+        kept: by tensor name, weights too, for each axis the positions of the original that the cut graph still has, in
+            order; None: all. A tensor that is not listed is whole.
     """
 
     original: gs.Graph
