@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 Float64s = NDArray[np.float64]
 
+_LEAST_ROWS = 256  # to wait for
 _NO_VARIANCE = 1e-12  # relative to the mean square; below it a channel is constant but for rounding
 
 
@@ -40,23 +41,44 @@ class Moments:
     """Sums over rows (x, y) from which every least-squares fit of y to x follows."""
 
     def __init__(self, groups: int, features: int, outputs: int) -> None:
-        self.rows = 0
+        self._rows = 0
         self._x = np.zeros((groups, features))
         self._y = np.zeros((groups, outputs))
         self._xx = np.zeros((groups, features, features))
         self._xy = np.zeros((groups, features, outputs))
         self._yy = np.zeros((groups, outputs))
+        self._waiting: list[tuple[Float64s, Float64s]] = []  # rows for one product instead of many small ones
+        self._most_waiting = max(features, _LEAST_ROWS)
 
     @staticmethod
     def nbytes(groups: int, features: int, outputs: int) -> int:
-        """How many bytes the sums take."""
-        return 8 * groups * (features * features + features * outputs + features + 2 * outputs)
+        """How many bytes the sums take, and the rows that wait to be added to them."""
+        sums = features * features + features * outputs + features + 2 * outputs
+        return 8 * groups * (sums + max(features, _LEAST_ROWS) * (features + outputs))
 
     def add(self, x: NDArray[Any], y: NDArray[Any]) -> None:
         """Take in rows: x [groups, rows, features], y [groups, rows, outputs], of any floating-point type."""
-        x, y = x.astype(np.float64, copy=False), y.astype(np.float64, copy=False)
+        for start in range(0, x.shape[1], self._most_waiting):
+            part = slice(start, start + self._most_waiting)
+            if self._waiting and self._count_waiting() + x[:, part].shape[1] > self._most_waiting:
+                self._take_in()
+            self._waiting.append((x[:, part].astype(np.float64), y[:, part].astype(np.float64)))
+
+    @property
+    def rows(self) -> int:
+        """How many rows were added."""
+        return self._rows + self._count_waiting()
+
+    def _count_waiting(self) -> int:
+        return sum(x.shape[1] for x, _ in self._waiting)
+
+    def _take_in(self) -> None:
+        if not self._waiting:
+            return
+        x, y = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
         across = x.swapaxes(1, 2)
-        self.rows += x.shape[1]
+        self._rows += x.shape[1]
         self._x += x.sum(axis=1)
         self._y += y.sum(axis=1)
         self._xx += across @ x
@@ -66,6 +88,7 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether no row held a NaN or an infinity."""
+        self._take_in()
         return bool(np.isfinite(self._yy).all() and np.isfinite(self._xx.sum()))
 
     def ridge(self, start: Affinity, ridge: float) -> Affinity:
@@ -83,7 +106,8 @@ class Moments:
 
     def means_matched(self, fitted: Affinity) -> Affinity:
         """Return the map with the bias that gives each output the mean of y."""
-        return Affinity(fitted.weight, (self._y - _applied(self._x, fitted.weight)) / max(self.rows, 1))
+        self._take_in()
+        return Affinity(fitted.weight, (self._y - _applied(self._x, fitted.weight)) / max(self._rows, 1))
 
     def variances_matched(self, fitted: Affinity, most: float) -> Affinity:
         """Return the map scaled and shifted so that each output has the mean and the variance of y.
@@ -99,16 +123,18 @@ class Moments:
     def error(self, fitted: Affinity) -> float:
         """Return the mean square of y - weight' x - bias, summed over outputs and groups."""
         variance, explained, shared = self._variances(fitted.weight)
-        offset = (self._y - _applied(self._x, fitted.weight)) / max(self.rows, 1) - fitted.bias
+        offset = (self._y - _applied(self._x, fitted.weight)) / max(self._rows, 1) - fitted.bias
         return float(np.maximum(variance - 2 * shared + explained, 0).sum() + np.square(offset).sum())
 
     def power(self) -> float:
         """Return the variance of y, summed over outputs and groups: the error of a map that knows only the means."""
-        mean = self._y / max(self.rows, 1)
-        return float(np.maximum(self._yy / max(self.rows, 1) - np.square(mean), 0).sum())
+        self._take_in()
+        mean = self._y / max(self._rows, 1)
+        return float(np.maximum(self._yy / max(self._rows, 1) - np.square(mean), 0).sum())
 
     def _centred(self) -> tuple[Float64s, Float64s]:
-        rows = max(self.rows, 1)
+        self._take_in()
+        rows = max(self._rows, 1)
         mean = self._x / rows
         covariance = self._xx / rows - mean[:, :, np.newaxis] * mean[:, np.newaxis, :]
         across = self._xy / rows - mean[:, :, np.newaxis] * (self._y / rows)[:, np.newaxis, :]
@@ -117,7 +143,7 @@ class Moments:
     def _variances(self, weight: Float64s) -> tuple[Float64s, Float64s, Float64s]:
         """The variance of y, that of weight' x, and the covariance of both: each [groups, outputs]."""
         covariance, across = self._centred()
-        square, mean = self._yy / max(self.rows, 1), self._y / max(self.rows, 1)
+        square, mean = self._yy / max(self._rows, 1), self._y / max(self._rows, 1)
         variance = square - np.square(mean)
         variance[variance <= _NO_VARIANCE * square] = 0
         explained = np.maximum((weight * (covariance @ weight)).sum(axis=1), 0)

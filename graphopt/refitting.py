@@ -37,10 +37,10 @@ from graphopt.linear import OPERATORS, LinearWeights, linear, set_weights
 from graphopt.node_order import sorted_nodes
 from graphopt.pass_base import Context, Skip
 from graphopt.patches import Patches
-from graphopt.progress import Progress, track
+from graphopt.progress import track
 from graphopt.replay import Piece, Replay
 
-_HELD_OUT = 4  # one sample in so many
+HELD_OUT = 4  # one sample in so many
 _COPIES = 3  # of the sums of products, while a system of equations is solved
 
 
@@ -68,15 +68,15 @@ class Operator:
     patches: Patches
 
     @property
-    def label(self) -> str:
-        """What reports call it."""
-        return label_of(self.node)
-
-    @property
     def nbytes(self) -> int:
         """Bytes that refitting it takes: sums for two halves of the samples, and what solving for the weight copies."""
         sizes = self.patches.groups, self.patches.features, self.patches.outputs
         return (2 + _COPIES) * Moments.nbytes(*sizes)
+
+    @property
+    def output(self) -> str:
+        """The name of the tensor that holds its output, bias included."""
+        return str((self.adds_bias or self.node).outputs[0].name)
 
     @property
     def reads(self) -> str:
@@ -267,7 +267,7 @@ class Data:
     @staticmethod
     def is_held_out(index: int) -> bool:
         """Whether a sample is not fitted to, but judged by: every fourth is."""
-        return index % _HELD_OUT == _HELD_OUT - 1
+        return index % HELD_OUT == HELD_OUT - 1
 
 
 def refit(
@@ -276,10 +276,9 @@ def refit(
     data: Data,
     rule: Rule,
     context: Context,
-    progress: Progress,
     what: str,
 ) -> dict[str, Affinity]:
-    """Set each operator of `graph` in turn to what `rule` makes of the evidence; return the new maps by label.
+    """Set each operator of `graph` in turn to what `rule` makes of the evidence; return the new maps by `Operator.output`.
 
     A rule that returns the map that it was given leaves the operator alone.
 
@@ -291,11 +290,11 @@ def refit(
     replay = Replay((graph, cut.original), context.frame, data.samples, data.count, context.memory_budget // 2)
     names = Names(graph)
     changed: dict[str, Affinity] = {}
-    for operator in track(operators, progress, what, len(operators)):
+    for operator in track(operators, context.progress, what, len(operators)):
         evidence = _evidence(operator, replay, cut, data)
         chosen = rule(evidence)
         if chosen is not evidence.now and operator.set(graph, chosen, names):
-            changed[operator.target] = chosen
+            changed[operator.output] = chosen
     return changed
 
 

@@ -25,6 +25,7 @@ from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializ
 from graphopt.passes.merge_parallel_convs import MergeParallelConvs
 from graphopt.passes.merge_reshapes import MergeReshapes
 from graphopt.passes.merge_transposes import MergeTransposes
+from graphopt.passes.refit import Refit
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
@@ -47,6 +48,7 @@ __all__ = [
     "MergeParallelConvs",
     "MergeReshapes",
     "MergeTransposes",
+    "Refit",
     "RemoveDeadNodes",
     "RemoveDefaultInputs",
     "RemoveIdentities",
@@ -55,7 +57,7 @@ __all__ = [
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Calibrate, InsertQdq)
+_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Refit, Calibrate, InsertQdq)
 
 
 @cache
