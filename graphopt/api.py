@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graphopt.channels import ChannelGroups, find_groups
 from graphopt.checking import Check, check_models
 from graphopt.cluster import ranges_of_shards
 from graphopt.data import DataSource, Shard, load_samples, refuse_limit
@@ -250,6 +251,20 @@ def inspect(model: Source) -> Inspection:
         activations_unknown=costs.activations_unknown,
         assumed_shapes=costs.assumed_shapes,
     )
+
+
+def channel_groups(model: Source, *, passes: str | Sequence[Pass] = "fold") -> ChannelGroups:
+    """Which channels of a model must be removed together, and which stay, with the reason.
+
+    Args:
+        model: a path, a ModelProto or a gs.Graph; never changed.
+        passes: what runs before `prune` in the pipeline of `optimize`: groups are those of the model behind it.
+
+    Raises:
+        GraphoptError: the model cannot be read, or a pass refuses it.
+    """
+    pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
+    return find_groups(PassManager(pipeline, verify=False).run(model).optimized.graph)
 
 
 def _samples(

@@ -31,6 +31,7 @@ class ChannelStatistics(Extremes):
 
     needs_values: ClassVar[bool] = True
     takes_pieces: ClassVar[bool] = False
+    axis: ClassVar[int] = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class ChannelStatistics(Extremes):
             raise TypeError(f"statistics take {', '.join(FLOAT_TYPES)} values, not {values.dtype.name}")
         if not values.size:
             return
-        rows = _rows(values)
+        rows = _rows(values, self.axis)
         minima, maxima = rows.min(axis=1), rows.max(axis=1)
         if not (np.isfinite(minima).all() and np.isfinite(maxima).all()):
             raise NonFiniteError("NaN" if np.isnan(minima).any() else "infinite")
@@ -94,8 +95,14 @@ class ChannelStatistics(Extremes):
         self._sums, self._squares = self._sums + sums, self._squares + squares
 
 
-def _rows(values: Array) -> Channels:
+class LastAxisStatistics(ChannelStatistics):
+    """The same of each index of the last axis, where MatMul has the channels."""
+
+    axis: ClassVar[int] = -1
+
+
+def _rows(values: Array, axis: int) -> Channels:
     """float64 [C, values of each]."""
     if values.ndim < 2:
         return values.reshape(1, -1).astype(np.float64)
-    return np.moveaxis(values, 1, 0).reshape(values.shape[1], -1).astype(np.float64)
+    return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1).astype(np.float64)

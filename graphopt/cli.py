@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from graphopt.api import calibrate, calibrate_on_cluster, calibrates, check, inspect, optimize
+from graphopt.api import calibrate, calibrate_on_cluster, calibrates, channel_groups, check, inspect, optimize
 from graphopt.data import Shard, data_file
 from graphopt.errors import DataError, GraphoptError, OutputError, PipelineError
 from graphopt.garbage import rare_collections
@@ -35,6 +35,7 @@ from graphopt.progress import Progress
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import write_ranges
 from graphopt.report.console import print_check, print_inspection, print_passes, print_ranges, print_report
+from graphopt.report.groups import print_groups
 from graphopt.report.records import plain_values
 from graphopt.report.terminal import progress_bars
 from graphopt.targets import TARGETS, target_named
@@ -225,6 +226,15 @@ def _inspect(arguments: argparse.Namespace, console: Console, errors: Console) -
     return OK
 
 
+def _groups(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
+    found = channel_groups(arguments.model, passes=arguments.passes)
+    if arguments.json:
+        print(json.dumps(plain_values(found.to_json()), indent=2))
+    else:
+        print_groups(found, console)
+    return OK
+
+
 def _passes(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
     print_passes(registry(), console)
     return OK
@@ -377,6 +387,13 @@ def _parser() -> argparse.ArgumentParser:
     inspecting = _command(commands, "inspect", _inspect, "size, parameters, MACs, operators and dtypes")
     inspecting.add_argument("model", metavar="MODEL")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
+
+    grouping = _command(commands, "groups", _groups, "which channels prune removes together, and which stay and why")
+    grouping.add_argument("model", metavar="MODEL")
+    grouping.add_argument(
+        "--passes", default="fold", metavar="PIPELINE", help="what optimize runs before prune; default: fold"
+    )
+    grouping.add_argument("--json", action="store_true", help="print JSON")
 
     _command(commands, "passes", _passes, "list every pass with its options")
     return parser

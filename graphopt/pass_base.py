@@ -66,7 +66,7 @@ class Context:
     target: Target = field(default_factory=lambda: target_named("ort-cpu"))
     samples: Samples | None = None  # calibration data; None: synthetic inputs
     ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
-    cut: Cut | None = None  # written by `prune`, consumed by `refit`
+    cut: Cut | None = None  # left by `prune`, consumed by `refit`
     memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
     original: Model | None = None  # the model as it came in, which no pass may change

@@ -278,7 +278,7 @@ def refit(
     context: Context,
     what: str,
 ) -> dict[str, Affinity]:
-    """Set each operator of `graph` in turn to what `rule` makes of the evidence; return the new maps by `Operator.output`.
+    """Set each operator of `graph` in turn to what `rule` makes of the evidence; return the new maps by its output.
 
     A rule that returns the map that it was given leaves the operator alone.
 

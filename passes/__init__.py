@@ -25,6 +25,7 @@ from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializ
 from graphopt.passes.merge_parallel_convs import MergeParallelConvs
 from graphopt.passes.merge_reshapes import MergeReshapes
 from graphopt.passes.merge_transposes import MergeTransposes
+from graphopt.passes.prune import Prune
 from graphopt.passes.refit import Refit
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
@@ -48,6 +49,7 @@ __all__ = [
     "MergeParallelConvs",
     "MergeReshapes",
     "MergeTransposes",
+    "Prune",
     "Refit",
     "RemoveDeadNodes",
     "RemoveDefaultInputs",
@@ -57,7 +59,7 @@ __all__ = [
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Refit, Calibrate, InsertQdq)
+_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Refit, Calibrate, InsertQdq)
 
 
 @cache

@@ -6,10 +6,10 @@ Three steps, each of which sets one operator after another (`graphopt.refitting`
     refit    W and b by ridge least squares, with the strength that is best on held-out rows, or none where none helps
     match    W and b scaled and shifted so that each channel has the mean and the variance of its target
 
-Every fourth sample is held out. A step is kept where the error of the graph's outputs on these falls: the noise over the
-signal, as in SQNR, averaged over the outputs. A least-squares fit of consumers after a cut is that of He, Zhang and Sun,
-"Channel Pruning for Accelerating Very Deep Neural Networks", arXiv:1707.06168; here all operators are refitted, sums of
-residual branches included, and the samples need no labels.
+Every fourth sample is held out. A step is kept where the error of the graph's outputs on these falls: the noise over
+the signal, as in SQNR, averaged over the outputs. Fitting the consumers after a cut by least squares is the method of
+He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv:1707.06168; here all operators
+behind a cut are refitted, sums of residual branches included, and the samples need no labels.
 """
 
 from __future__ import annotations

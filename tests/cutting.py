@@ -22,7 +22,9 @@ def cut_channels(graph: gs.Graph, producer: str, kept) -> Cut:
     original = copy_graph(graph)
     node = next(node for node in graph.nodes if node.outputs[0].name == producer)
     if isinstance(kept, int):
-        axis = 1 if node.op in ("ConvTranspose", "MatMul") or node.op == "Gemm" and not node.attrs.get("transB") else 0
+        axis = (
+            1 if node.op in ("ConvTranspose", "MatMul") or (node.op == "Gemm" and not node.attrs.get("transB")) else 0
+        )
         weight = np.moveaxis(constant_of(node.inputs[1]), axis, 0)
         norms = np.square(weight.reshape(len(weight), -1)).sum(axis=1)
         kept = np.sort(np.argsort(-norms, kind="stable")[:kept])

@@ -60,6 +60,7 @@ class Target:
             depthwise kernels do not.
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
+        channel_multiple: kernels are fastest at channel counts that are multiples of it.
         notes: what the report should say about a model for this target.
     """
 
@@ -75,4 +76,5 @@ class Target:
     stores_int8_weights: bool = True
     saturates: bool = False
     runs_here: bool = False
+    channel_multiple: int = 4
     notes: tuple[str, ...] = ()

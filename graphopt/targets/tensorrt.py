@@ -41,5 +41,6 @@ TENSORRT = Target(
     },
     quantizes_outputs=False,
     residual_adds=True,
+    channel_multiple=8,
     stores_int8_weights=False,
 )
