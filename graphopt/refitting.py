@@ -41,6 +41,7 @@ from graphopt.progress import track
 from graphopt.replay import Piece, Replay
 
 HELD_OUT = 4  # one sample in so many
+_EXACT = 1e-9  # of the target's variance
 _COPIES = 3  # of the sums of products, while a system of equations is solved
 
 
@@ -51,6 +52,16 @@ class Evidence:
     now: Affinity
     fit: Moments
     judge: Moments
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the operator computes what it should, but for rounding."""
+        return self.judge.error(self.now) <= _EXACT * self.judge.power()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all rows were numbers."""
+        return self.fit.finite and self.judge.finite
 
 
 Rule = Callable[[Evidence], Affinity]
@@ -280,7 +291,8 @@ def refit(
 ) -> dict[str, Affinity]:
     """Set each operator of `graph` in turn to what `rule` makes of the evidence; return the new maps by its output.
 
-    A rule that returns the map that it was given leaves the operator alone.
+    A rule that returns the map that it was given leaves the operator alone. One that computes what it should already, or
+    that sees a NaN or an infinity, is left alone too.
 
     Raises:
         DataError: one of the graphs does not run on a sample.
@@ -292,6 +304,8 @@ def refit(
     changed: dict[str, Affinity] = {}
     for operator in track(operators, context.progress, what, len(operators)):
         evidence = _evidence(operator, replay, cut, data)
+        if evidence.is_exact or not evidence.is_finite:
+            continue
         chosen = rule(evidence)
         if chosen is not evidence.now and operator.set(graph, chosen, names):
             changed[operator.output] = chosen

@@ -36,7 +36,6 @@ from graphopt.runtime import Session, open_session
 
 _FEW = 32  # samples; fewer say little about what held-out ones will need
 _ROWS_FOR_MEANS = 2**12
-_EXACT = 1e-9  # of the target's variance: the operator computes what it should but for rounding
 _MOST_SCALED = 2.0
 
 
@@ -108,20 +107,17 @@ class Refit(Pass):
     def _refitted(self, evidence: Evidence) -> Affinity:
         """The best on held-out rows of: nothing new, the means matched, a fit with each of the ridges."""
         fit, judge = evidence.fit, evidence.judge
-        least = judge.error(evidence.now)
-        if not fit.finite or least <= _EXACT * judge.power():
-            return evidence.now
         maps = [fit.means_matched(evidence.now), *(fit.ridge(evidence.now, ridge) for ridge in self.ridges)]
         best = min((each for each in maps if each.finite), key=judge.error, default=evidence.now)
-        return best if judge.error(best) < least else evidence.now
+        return best if judge.error(best) < judge.error(evidence.now) else evidence.now
 
 
 def _absorbed(evidence: Evidence) -> Affinity:
-    return evidence.fit.means_matched(evidence.now) if evidence.fit.finite else evidence.now
+    return evidence.fit.means_matched(evidence.now)
 
 
 def _matched(evidence: Evidence) -> Affinity:
-    return evidence.fit.variances_matched(evidence.now, _MOST_SCALED) if evidence.fit.finite else evidence.now
+    return evidence.fit.variances_matched(evidence.now, _MOST_SCALED)
 
 
 class _Ladder:

@@ -7,7 +7,16 @@ from graphopt.cut import Cut
 from graphopt.graph import constant_of, set_input
 from graphopt.graph_copy import copy_graph
 
-_KEEPS_CHANNELS = {"Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization"}
+_KEEPS_CHANNELS = {
+    "Identity",
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "BatchNormalization",
+}
 
 
 def cut_channels(graph: gs.Graph, producer: str, kept) -> Cut:
@@ -45,12 +54,12 @@ def _slice(node, index, axis, kept):
 
 
 def _cut_outputs(node, kept, by_name):
-    rank = np.ndim(constant_of(node.inputs[1]))
-    outputs_second = node.op in ("ConvTranspose", "MatMul") or (node.op == "Gemm" and not node.attrs.get("transB"))
-    _slice(node, 1, 1 if outputs_second else 0, kept)
+    _slice(node, 1, output_axis(node), kept)
     if len(node.inputs) > 2:
         _slice(node, 2, 0, kept)
-    _follow(node.outputs[0], 1 if node.op in ("Conv", "ConvTranspose") else -1 % rank, kept, by_name)
+    _follow(
+        node.outputs[0], 1 if node.op in ("Conv", "ConvTranspose") else len(node.outputs[0].shape) - 1, kept, by_name
+    )
 
 
 def _follow(tensor, axis, kept, by_name):
@@ -71,7 +80,9 @@ def _follow(tensor, axis, kept, by_name):
             reader.attrs["group"] = len(kept)
             _cut_outputs(reader, kept, by_name)
         else:
-            inputs_first = reader.op in ("ConvTranspose", "MatMul") or (
-                reader.op == "Gemm" and not reader.attrs.get("transB")
-            )
-            _slice(reader, 1, 0 if inputs_first else 1, kept)
+            _slice(reader, 1, 1 - output_axis(reader), kept)
+
+
+def output_axis(node):
+    """The axis of an operator's weight along which its output channels lie."""
+    return int(node.op in ("ConvTranspose", "MatMul") or (node.op == "Gemm" and not node.attrs.get("transB")))
