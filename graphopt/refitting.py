@@ -291,8 +291,8 @@ def refit(
 ) -> dict[str, Affinity]:
     """Set each operator of `graph` in turn to what `rule` makes of the evidence; return the new maps by its output.
 
-    A rule that returns the map that it was given leaves the operator alone. One that computes what it should already, or
-    that sees a NaN or an infinity, is left alone too.
+    A rule that returns the map that it was given leaves the operator alone. An operator that computes what it should
+    already, or that sees a NaN or an infinity, is left alone too.
 
     Raises:
         DataError: one of the graphs does not run on a sample.

@@ -23,8 +23,8 @@ def cut_channels(graph: gs.Graph, producer: str, kept) -> Cut:
     """Cut the outputs of one operator, in place, and all that only they flow to.
 
     Args:
-        graph: its tensors from the operator's output on may be read by element-wise operators, poolings, depthwise
-            Convs, Flatten, and in the end by Conv, ConvTranspose, Gemm and MatMul.
+        graph: from the operator's output on there are only element-wise operators and depthwise Convs, and in the end
+            Conv, ConvTranspose, Gemm and MatMul.
         producer: name of the operator's output.
         kept: the channels that stay, or how many: then those of the largest L2 norm.
     """
@@ -70,11 +70,6 @@ def _follow(tensor, axis, kept, by_name):
         if reader.op in _KEEPS_CHANNELS:
             for index in range(1, len(reader.inputs) if reader.op == "BatchNormalization" else 0):
                 _slice(reader, index, 0, kept)
-            _follow(reader.outputs[0], axis, kept, by_name)
-        elif reader.op == "Flatten":  # of [N, C, 1, 1]
-            _follow(reader.outputs[0], 1, kept, by_name)
-        elif reader.op == "Add":  # of a bias
-            _slice(reader, 1, 0, kept)
             _follow(reader.outputs[0], axis, kept, by_name)
         elif reader.op == "Conv" and reader.attrs.get("group", 1) > 1:
             reader.attrs["group"] = len(kept)

@@ -89,7 +89,8 @@ LINEAR = {
     "Conv": CHAIN.replace("Relu", "Identity"),
     "strided and dilated Conv": f"""{HEAD} g (float[1, 3, 12, 11] x) => (float[1, C, P, Q] y)
         <float[8, 3, 3, 3] a, float[8] b, float[5, 8, 3, 2] c, float[5] d>
-        {{ hidden = Conv (x, a, b)  y = Conv <strides = [2, 1], dilations = [1, 2], pads = [0, 1, 1, 0]> (hidden, c, d) }}""",
+        {{ hidden = Conv (x, a, b)
+           y = Conv <strides = [2, 1], dilations = [1, 2], pads = [0, 1, 1, 0]> (hidden, c, d) }}""",
     "Conv in one dimension with auto_pad": f"""{HEAD} g (float[1, 3, 20] x) => (float[1, C, P] y)
         <float[8, 3, 3] a, float[8] b, float[5, 8, 4] c>
         {{ hidden = Conv (x, a, b)  y = Conv <auto_pad = "SAME_UPPER", strides = [2]> (hidden, c) }}""",
@@ -128,7 +129,8 @@ def test_nothing_is_lost_where_removed_channels_are_sums_of_kept_ones(kind):
 def test_nothing_is_lost_behind_a_depthwise_conv_whose_channels_are_copies():
     model = loaded(f"""{HEAD} g (float[1, 3, 9, 9] x) => (float[1, C, P, Q] y)
         <float[8, 3, 1, 1] a, float[8, 1, 3, 3] b, float[5, 8, 1, 1] c>
-        {{ hidden = Conv (x, a)  deep = Conv <group = 8> (hidden, b)  clipped = Relu (deep)  y = Conv (clipped, c) }}""")
+        {{ hidden = Conv (x, a)  deep = Conv <group = 8> (hidden, b)
+           clipped = Relu (deep)  y = Conv (clipped, c) }}""")
     for output in ("hidden", "deep"):
         node = next(node for node in model.graph.nodes if node.outputs[0].name == output)
         values = np.array(constant_of(node.inputs[1]))
@@ -392,7 +394,7 @@ def test_refuses_samples_that_leave_none_to_hold_out():
     model = loaded(CHAIN)
     cut = cut_channels(model.graph, "hidden", 5)
     context = Context(samples=samples_of(Model(cut.original), 3), cut=cut, frame=model.frame)
-    with pytest.raises(DataError, match="needs 4 samples at least.*there are 3"):
+    with pytest.raises(DataError, match=r"needs 4 samples at least.*there are 3"):
         Refit().apply(model.graph, context)
 
 
