@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
@@ -39,6 +40,14 @@ _ROWS_FOR_MEANS = 2**12
 _MOST_SCALED = 2.0
 
 
+class Step(Enum):
+    """A step of the ladder; the module docstring has the formulas."""
+
+    ABSORB = "absorb"
+    REFIT = "refit"
+    MATCH = "match"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refit(Pass):
     """Fit the weights and biases of a cut graph to the outputs that the original has, operator by operator."""
@@ -46,6 +55,7 @@ class Refit(Pass):
     name: ClassVar[str] = "refit"
     effect: ClassVar[Effect] = Effect.LOSSY
 
+    steps: tuple[Step, ...] = field(default=tuple(Step), metadata={"help": "what to try, in this order"})
     samples: int = field(default=256, metadata={"help": "how many samples to use at most; a quarter is held out"})
     rows: int = field(
         default=2**15, metadata={"help": "how many positions of each operator to fit at most, over all samples"}
@@ -56,6 +66,8 @@ class Refit(Pass):
     )
 
     def __post_init__(self) -> None:
+        if not self.steps:
+            raise PipelineError(f"refit:steps must be one or more of {', '.join(step.value for step in Step)}")
         if self.samples < HELD_OUT:
             raise PipelineError(f"refit:samples must be at least {HELD_OUT}, not {self.samples}")
         if self.rows < 1:
@@ -79,9 +91,8 @@ class Refit(Pass):
             return PassResult(skipped=tuple(skipped))
         samples, count = self._samples(cut, context)
         ladder = _Ladder(graph, cut, context, samples, count, max(each.nbytes for each in operators))
-        ladder.climb("absorb", _absorbed, min(self.rows, _ROWS_FOR_MEANS))
-        ladder.climb("refit", self._refitted, self.rows)
-        ladder.climb("match", _matched, self.rows)
+        for step in self.steps:
+            ladder.climb(step.value, *self._rule_and_rows(step))
         changed = _set(graph, operators, ladder.maps)
         return PassResult(
             rewrites=changed,
@@ -103,6 +114,11 @@ class Refit(Pass):
                 f"others; there {'is' if count == 1 else 'are'} {count}"
             )
         return samples, count
+
+    def _rule_and_rows(self, step: Step) -> tuple[Rule, int]:
+        if step is Step.ABSORB:
+            return _absorbed, min(self.rows, _ROWS_FOR_MEANS)
+        return (self._refitted if step is Step.REFIT else _matched), self.rows
 
     def _refitted(self, evidence: Evidence) -> Affinity:
         """The best on held-out rows of: nothing new, the means matched, a fit with each of the ridges."""

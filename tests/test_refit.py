@@ -17,7 +17,7 @@ from graphopt.least_squares import Affinity
 from graphopt.model_io import Model, load_model
 from graphopt.pass_base import Context
 from graphopt.passes import refit as module
-from graphopt.passes.refit import Refit
+from graphopt.passes.refit import Refit, Step
 from graphopt.refitting import operators_to_refit
 from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
@@ -330,6 +330,15 @@ def test_the_report_shows_what_each_step_gave():
     assert result.parts == {"operators": 1, "samples": 32}
 
 
+def test_only_the_steps_that_are_asked_for_are_tried():
+    model = loaded(CHAIN)
+    cut = cut_channels(model.graph, "hidden", 5)
+    weight = constant_of(model.graph.nodes[-1].inputs[1])
+    result = refitted(model, cut, Refit(samples=32, steps=(Step.ABSORB,)))
+    assert [note.split(":")[0] for note in result.notes[1:]] == ["absorb", "memory"]
+    np.testing.assert_array_equal(constant_of(model.graph.nodes[-1].inputs[1]), weight)
+
+
 def test_a_step_that_makes_the_held_out_error_worse_is_not_kept(monkeypatch):
     monkeypatch.setattr(module, "_absorbed", lambda evidence: Affinity(evidence.now.weight, evidence.now.bias + 9))
     monkeypatch.setattr(module, "_matched", lambda evidence: Affinity(evidence.now.weight * 9, evidence.now.bias))
@@ -398,7 +407,7 @@ def test_refuses_samples_that_leave_none_to_hold_out():
         Refit().apply(model.graph, context)
 
 
-@pytest.mark.parametrize("options", [{"samples": 3}, {"rows": 0}, {"ridges": ()}, {"ridges": (0.0,)}])
+@pytest.mark.parametrize("options", [{"steps": ()}, {"samples": 3}, {"rows": 0}, {"ridges": ()}, {"ridges": (0.0,)}])
 def test_refuses_options_that_make_no_sense(options):
     with pytest.raises(PipelineError, match=f"refit:{next(iter(options))}"):
         Refit(**options)
