@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -78,19 +79,28 @@ def score_units(
         seed: for random scores.
     """
     if importance is Importance.RANDOM:
-        return _relative(np.random.default_rng(seed).random(groups.count), groups)
+        return np.random.default_rng(seed).random(groups.count)
     weights = {constant.name: constant for constant in constants_in(graph)}
-    found: list[Scores] = []
+    found: list[Share] = []
     for linear in groups.linears:
         value = constant_of(weights[linear.weight]) if linear.weight in weights else None
-        if value is None or value.dtype.kind != "f":
-            continue
-        found += _of_linear(value.astype(np.float64), linear, groups, importance, statistics)
+        if value is not None and value.dtype.kind == "f":
+            found += _of_linear(value.astype(np.float64), linear, groups, importance, statistics)
+    of_unit = _group_of_unit(groups)
+    if not importance.needs_data:
+        found = [_relative(each, of_unit) for each in found]
     scores = _reduced(found, groups.count, reduce)
     if importance is Importance.BN_SCALE:
-        scales = _reduced([*_scales(graph, groups)], groups.count, reduce)
+        scales = _reduced(_scales(graph, groups), groups.count, reduce)
         scores = np.where(np.isnan(scales), scores, scales)
-    return _relative(np.nan_to_num(scores), groups)
+    return _relative(Share(np.arange(groups.count), np.nan_to_num(scores)), of_unit).values
+
+
+class Share(NamedTuple):
+    """What one member says of the units that it carries."""
+
+    units: NDArray[np.int64]
+    values: Scores
 
 
 def _of_linear(
@@ -99,7 +109,7 @@ def _of_linear(
     groups: ChannelGroups,
     importance: Importance,
     statistics: Mapping[str, ChannelStatistics],
-) -> list[Scores]:
+) -> list[Share]:
     axes = groups.axes.get(linear.weight, (None,) * weight.ndim)
     output, reading = axes[linear.output_axis], axes[linear.input_axis]
     if importance.needs_data:
@@ -111,19 +121,16 @@ def _of_linear(
         energy = input_energy(weight, linear)
         moved = seen.variance if importance is Importance.ACTIVATION else seen.variance + seen.mean**2
         value = energy * moved
-        return [_by_unit(labels, value if importance is Importance.ACTIVATION else np.sqrt(value), groups)]
+        return [_by_unit(labels, value if importance is Importance.ACTIVATION else np.sqrt(value))]
     if importance is Importance.FPGM:
-        return (
-            []
-            if output is None
-            else [_relative(_by_unit(output, _distances(weight, linear.output_axis), groups), groups)]
-        )
+        return [] if output is None else [_by_unit(output, _distances(weight, linear.output_axis))]
     power = 1 if importance is Importance.L1 else 2
     result = []
     for axis, labels in ((linear.output_axis, output), (linear.input_axis, reading)):
         if labels is not None:
             size = (np.abs(weight) ** power).sum(axis=tuple(place for place in range(weight.ndim) if place != axis))
-            result.append(_relative(_by_unit(labels, size, groups) ** (1 / power), groups))
+            units, sums = _by_unit(labels, size)
+            result.append(Share(units, sums ** (1 / power)))
     return result
 
 
@@ -143,7 +150,7 @@ def _distances(weight: Array, axis: int) -> Array:
     return np.asarray(np.sqrt(np.maximum(apart, 0)).sum(axis=1))
 
 
-def _scales(graph: gs.Graph, groups: ChannelGroups) -> list[Scores]:
+def _scales(graph: gs.Graph, groups: ChannelGroups) -> list[Share]:
     places = {use: groups.uses[use] for use in groups.scales if use in groups.uses}
     found = []
     for node in graph.nodes:
@@ -151,42 +158,40 @@ def _scales(graph: gs.Graph, groups: ChannelGroups) -> list[Scores]:
         axes = places.get((name, 1))
         value = constant_of(node.inputs[1]) if axes is not None else None
         if axes is not None and value is not None and axes[0] is not None:
-            found.append(_by_unit(axes[0], np.abs(value.astype(np.float64)), groups))
+            found.append(_by_unit(axes[0], np.abs(value.astype(np.float64))))
     return found
 
 
-def _by_unit(labels: NDArray[np.int64], values: Array, groups: ChannelGroups) -> Scores:
-    """The sum over the positions of each unit; NaN for units that the axis does not carry."""
-    result = np.full(groups.count, np.nan)
-    for column in labels:
-        real = column != NONE
-        units = column[real]
-        sums = np.bincount(units, weights=values[real], minlength=groups.count)
-        held = np.unique(units)
-        result[held] = sums[held]
-    return result
+def _by_unit(labels: NDArray[np.int64], values: Array) -> Share:
+    """The sum over the positions of each unit that an axis carries."""
+    positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)[labels != NONE]
+    units, group = np.unique(labels[labels != NONE], return_inverse=True)
+    sums = np.bincount(group.reshape(-1), weights=values[positions], minlength=len(units))
+    return Share(units, sums.astype(np.float64))
 
 
-def _relative(scores: Scores, groups: ChannelGroups) -> Scores:
-    """Divided by the mean over each group; NaN stays."""
-    result = scores.copy()
-    for group in groups.groups:
-        mean = scores[group.units].mean()
-        if mean > 0:
-            result[group.units] = scores[group.units] / mean
-    return result
+def _group_of_unit(groups: ChannelGroups) -> NDArray[np.int64]:
+    """The number of each unit's group; units without one have one of their own together."""
+    of_unit: NDArray[np.int64] = np.full(groups.count, len(groups.groups))
+    for number, group in enumerate(groups.groups):
+        of_unit[group.units] = number
+    return of_unit
 
 
-def _reduced(found: list[Scores], count: int, reduce: Reduce) -> Scores:
+def _relative(share: Share, of_unit: NDArray[np.int64]) -> Share:
+    """Divided by the mean over each group, of which a member carries all units or none."""
+    _, group, sizes = np.unique(of_unit[share.units], return_inverse=True, return_counts=True)
+    means = np.bincount(group.reshape(-1), weights=share.values) / sizes
+    return Share(share.units, share.values / np.where(means > 0, means, 1)[group.reshape(-1)])
+
+
+def _reduced(found: list[Share], count: int, reduce: Reduce) -> Scores:
     """NaN where no member gives a unit a score."""
-    if not found:
-        return np.full(count, np.nan)
-    stacked = np.stack(found)
-    given = ~np.isnan(stacked)
-    if reduce is Reduce.MAX:
-        result = np.where(given, stacked, -np.inf).max(axis=0)
-    else:
-        result = np.where(given, stacked, 0).sum(axis=0)
-        if reduce is Reduce.MEAN:
-            result = result / np.maximum(given.sum(axis=0), 1)
-    return np.asarray(np.where(given.any(axis=0), result, np.nan))
+    times = np.zeros(count)
+    result = np.zeros(count)
+    for units, values in found:
+        times[units] += 1
+        result[units] = np.maximum(result[units], values) if reduce is Reduce.MAX else result[units] + values
+    if reduce is Reduce.MEAN:
+        result /= np.maximum(times, 1)
+    return np.where(times > 0, result, np.nan)

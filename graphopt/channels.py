@@ -336,7 +336,7 @@ class _Gathering:
                 for column in labels if labels is not None else ():
                     units = column[column != NONE]
                     mark = random.integers(2**63, dtype=np.uint64)
-                    signature += np.bincount(units, minlength=self._count).astype(np.uint64) * mark
+                    np.add.at(signature, units, mark)
                     columns.append((name, axis, units))
         reasons = dict.fromkeys(frozen.values())
         mark_of = dict(zip(reasons, random.integers(2**63, size=len(reasons), dtype=np.uint64), strict=True))
@@ -347,9 +347,8 @@ class _Gathering:
         members: list[list[Member]] = [[] for _ in first]
         sizes = np.bincount(group_of, minlength=len(first))
         for name, axis, units in columns:
-            counts = np.bincount(group_of[units], minlength=len(first))
-            for group in np.flatnonzero(counts).tolist():
-                members[group].append(Member(name, axis, int(counts[group] // sizes[group])))
+            for group, count in zip(*_counted(group_of[units]), strict=True):
+                members[group].append(Member(name, axis, count // int(sizes[group])))
         macs, weights = self._per_unit(works), self._per_unit(params)
         makers, carried = self._makers(group_of), self._carried()
         ordered = np.argsort(group_of, kind="stable")
@@ -371,7 +370,7 @@ class _Gathering:
                     width,
                     round(macs[unit]),
                     round(weights[unit]),
-                    frozen.get(unit) or _too_few(units),
+                    frozen.get(unit, _too_few(units)),
                     inexact.get(unit),
                 )
             )
@@ -382,8 +381,7 @@ class _Gathering:
         for cost in costs:
             for labels in cost.axes:
                 if labels is not None:
-                    units = labels[labels != NONE]
-                    total += np.bincount(units, minlength=self._count) * (cost.amount / labels.shape[1])
+                    np.add.at(total, labels[labels != NONE], cost.amount / labels.shape[1])
         return total
 
     def _carried(self) -> set[int]:
@@ -404,10 +402,14 @@ class _Gathering:
             axes = self.axes.get(linear.weight)
             labels = axes[linear.output_axis] if axes is not None else None
             for column in labels if labels is not None else ():
-                units, counts = np.unique(column[column != NONE], return_counts=True)
-                for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
+                for unit, count in zip(*_counted(column[column != NONE]), strict=True):
                     makers.setdefault(int(group_of[unit]), (linear.node, count))
         return makers
+
+
+def _counted(values: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    found, counts = np.unique(values, return_counts=True)
+    return found.tolist(), counts.tolist()
 
 
 def _too_few(units: NDArray[np.int64]) -> str | None:

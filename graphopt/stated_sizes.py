@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.graph import Names, constant_of, integers_of, producer
@@ -94,8 +93,8 @@ _RULES = {
     "Concat": _concat,
     "Gather": _gather,
     "Slice": _slice,
-    "Cast": _same,
-    "Identity": _same,
+    "Cast": lambda node: stated(node.inputs[0]),
+    "Identity": lambda node: stated(node.inputs[0]),
     "Squeeze": _same,
     "Unsqueeze": _same,
 }
@@ -105,9 +104,9 @@ def restated(tensor: gs.Tensor, changes: Mapping[int, int], graph: gs.Graph, nam
     """A tensor with other numbers at some places, for one reader: what it is made of stays for the others.
 
     Args:
-        tensor: a constant, or a Concat of which the pieces at these places are constants.
+        tensor: a constant, or a Concat of which the pieces at these places are constants, also behind a Cast.
         changes: the new number by place.
-        graph: gets a new Concat where one is needed.
+        graph: gets new nodes where they are needed.
         names: of the graph.
 
     Raises:
@@ -120,6 +119,9 @@ def restated(tensor: gs.Tensor, changes: Mapping[int, int], graph: gs.Graph, nam
             new.reshape(-1)[place] = number
         return gs.Constant(names.fresh(tensor.name), new)
     node = producer(tensor)
+    if node is not None and node.op in ("Cast", "Identity"):
+        source = restated(node.inputs[0], changes, graph, names)
+        return _beside(node, [source], graph, names)
     if node is None or node.op != "Concat":
         raise ValueError(f"{tensor.name} holds no numbers that can be changed")
     pieces, offset = [], 0
@@ -128,8 +130,14 @@ def restated(tensor: gs.Tensor, changes: Mapping[int, int], graph: gs.Graph, nam
         own = {place - offset: number for place, number in changes.items() if offset <= place < offset + count}
         pieces.append(restated(piece, own, graph, names) if own else piece)
         offset += count
-    result = gs.Variable(names.fresh(tensor.name), np.int64, [offset])
-    concat = gs.Node("Concat", names.fresh(node.name), {"axis": 0}, pieces, [result])
+    return _beside(node, pieces, graph, names)
+
+
+def _beside(node: gs.Node, inputs: list[gs.Tensor], graph: gs.Graph, names: Names) -> gs.Tensor:
+    """The result of a node like `node`, behind it in the graph, with other inputs."""
+    (old,) = node.outputs
+    result = gs.Variable(names.fresh(old.name), old.dtype, old.shape)
+    copy = gs.Node(node.op, names.fresh(node.name), dict(node.attrs), inputs, [result])
     position = next(index for index, each in enumerate(graph.nodes) if each is node)
-    graph.nodes.insert(position + 1, concat)
+    graph.nodes.insert(position + 1, copy)
     return result

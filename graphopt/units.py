@@ -25,6 +25,8 @@ Ids = NDArray[np.int64]
 NONE = -1
 """In a column: no unit. Such positions stay unless another column has a unit there."""
 
+_MEETS_FIXED = "it meets an axis of which nothing can go"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -113,7 +115,7 @@ class Units:
                 factors = self._refine_by_places(grid, varying)
                 for place, factor in zip(varying, factors, strict=True):
                     columns[place].append(factor)
-        return [Axis(size, tuple(found), axis.fixed) for size, found in zip(sizes, columns, strict=True)]
+        return [Axis(size, tuple(found), axis.fixed or reason) for size, found in zip(sizes, columns, strict=True)]
 
     def join(self, axes: Sequence[Axis]) -> Axis:
         """The axis that several become when they are reshaped into one."""
@@ -203,7 +205,7 @@ class Units:
         if where.any():
             for column in axis.columns:
                 at = column[where]
-                self._frozen.append((at[at != NONE], reason))
+                self._frozen.append((at[at != NONE], reason or _MEETS_FIXED))
 
     def _match(self, left: list[Ids], right: list[Ids]) -> None:
         """Make the set of units of each position the same on both sides."""

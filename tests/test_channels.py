@@ -29,7 +29,10 @@ class Net(NamedTuple):
 
     def model(self) -> onnx.ModelProto:
         text = f'<ir_version: 9, opset_import: ["" : {self.opset}]> net {self.interface} {{ {self.nodes} }}'
-        integers = {name: np.array(value, np.int64) for name, value in self.constants.items()}
+        integers = {
+            name: np.array(value, np.int32 if "to=6" in self.nodes else np.int64)
+            for name, value in self.constants.items()
+        }
         return build(text, {**weights(self.shapes), **integers})
 
 
@@ -270,6 +273,13 @@ NETS = {
         f"c = Concat<axis=1>(a, z) b = Conv{P}(x, w2) last = Add(b, c) {TAIL}",
         {"w1": (8, 3, 3, 3), "w2": (16, 3, 3, 3), **tail(16)},
         {"rest": [8, 8, 8]},
+    ),
+    "a target behind Cast": Net(
+        SCORES,
+        f"a = Conv{P}(x, w1) k = Shape<start=0, end=1>(a) j = Cast<to=6>(k) l = Concat<axis=0>(j, rest) "
+        f"t = Cast<to=7>(l) last = Reshape(a, t) {TAIL}",
+        {"w1": (16, 3, 3, 3), **tail(16)},
+        {"rest": [16, 8, 8]},
     ),
     "channels padded by Pad": Net(
         SCORES,

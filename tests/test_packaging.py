@@ -70,6 +70,7 @@ def test_the_public_names_are_these():
         "Skip",
         "__version__",
         "calibrate",
+        "channel_groups",
         "check",
         "inspect",
         "optimize",
