@@ -32,7 +32,8 @@ from graphopt.least_squares import Affinity
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.pass_base import Context, Effect, Pass, PassResult
-from graphopt.refitting import HELD_OUT, Data, Evidence, Operator, Rule, operators_to_refit, refit
+from graphopt.refit_operators import Operator, operators_to_refit
+from graphopt.refitting import HELD_OUT, Data, Evidence, Rule, refit
 from graphopt.runtime import Session, open_session
 
 _FEW = 32  # samples; fewer say little about what held-out ones will need

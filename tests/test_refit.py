@@ -18,7 +18,7 @@ from graphopt.model_io import Model, load_model
 from graphopt.pass_base import Context
 from graphopt.passes import refit as module
 from graphopt.passes.refit import Refit, Step
-from graphopt.refitting import operators_to_refit
+from graphopt.refit_operators import operators_to_refit
 from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
 
