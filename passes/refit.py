@@ -62,7 +62,7 @@ class Refit(Pass):
         default=2**15, metadata={"help": "how many positions of each operator to fit at most, over all samples"}
     )
     ridges: tuple[float, ...] = field(
-        default=(1e-3, 1e-2, 1e-1),
+        default=(1e-3, 1e-2, 1e-1, 1.0, 10.0),
         metadata={"help": "strengths, over the mean variance of the inputs, of the pull towards the weights before"},
     )
 
