@@ -4,7 +4,7 @@ result = graphopt.optimize("model.onnx", "fold,calibrate,qdq", data="calib.npz")
 result.save("model.int8.onnx")
 """
 
-from graphopt.api import calibrate, channel_groups, check, inspect, optimize
+from graphopt.api import calibrate, channel_groups, check, inspect, lint, optimize
 from graphopt.errors import GraphoptError
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.pass_manager import PassManager, Result
@@ -26,6 +26,7 @@ __all__ = [
     "channel_groups",
     "check",
     "inspect",
+    "lint",
     "optimize",
 ]
 

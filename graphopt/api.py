@@ -1,4 +1,4 @@
-"""What a Python caller uses: `optimize`, `check` and `inspect`; the command line is a thin layer over these."""
+"""What a Python caller uses: `optimize`, `check`, `lint` and `inspect`; the command line is a thin layer over these."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from graphopt.feeds import Samples
 from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
 from graphopt.inspection import Inspection, inspect_model
+from graphopt.lint import LintReport, Severity, lint_model
 from graphopt.made_up import made_up_samples
 from graphopt.merging import merged
 from graphopt.model_io import Model, Source, load_model, refuse_target
 from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
-from graphopt.passes import Calibrate, Fold, registry
+from graphopt.passes import Calibrate, Fold, InlineFunctions, InsertQdq, registry
 from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
 from graphopt.preprocess import AnyPreprocess
@@ -96,6 +97,9 @@ def optimize(
         write_ranges(_of_model(context.ranges, float_model), ranges_file)
     if verify and _changed_outputs(pipeline, result):
         result.report.check = _final_check(float_model, result, context)
+    if verify and _quantized(pipeline, result):
+        result.report.lint = lint_model(result.optimized, context.target)
+        result.report.warnings += _lint_warnings(result.report)
     result.report.warnings[:0] = [*_data_warnings(pipeline, context, result.report.check), *other_model]
     return result
 
@@ -227,6 +231,23 @@ def check(
     return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
 
 
+def lint(model: Source, target: str = "ort-cpu") -> LintReport:
+    """Hold a model, quantized by any tool, against the rules of a target.
+
+    Args:
+        model: a path, a ModelProto or a gs.Graph; left as it is.
+        target: a name in `graphopt.targets.TARGETS`.
+
+    Raises:
+        GraphoptError: the model cannot be read, or there is no such target.
+    """
+    judge, loaded = target_named(target), load_model(model)
+    if loaded.graph.functions:
+        loaded = loaded.copy()
+        InlineFunctions().apply(loaded.graph, Context(frame=loaded.frame))
+    return lint_model(loaded, judge)
+
+
 def inspect(model: Source) -> Inspection:
     """Size, parameters, MACs, activation memory, operators and dtypes of a model.
 
@@ -315,6 +336,30 @@ def _data_warnings(pipeline: Sequence[Pass], context: Context, made: Check | Non
     if context.samples is None and made is not None:
         warnings.append("no --data: the result was compared with the float model on made-up inputs")
     return warnings
+
+
+def _quantized(pipeline: Sequence[Pass], result: Result) -> bool:
+    return any(
+        isinstance(item, InsertQdq) and record.rewrites
+        for item, record in zip(pipeline, result.report.passes, strict=True)
+    )
+
+
+def _lint_warnings(report: Report) -> list[str]:
+    """What is wrong with a quantized result, with the advice."""
+    assert report.lint is not None
+    advice = "graphopt lint lists what to mend"
+    warnings = [f"lint: {report.lint.verdict}; {advice}"] if report.lint.failed else []
+    speedup = None if report.check is None else report.check.speedup
+    if speedup is not None and speedup < _SLOWER:
+        slower = f"int8 is slower than float on this machine ({1 / speedup:.2f} x the time)"
+        found = report.lint.count(Severity.WARNING)
+        why = f"{found} operators run in float or slow int8: {advice}" if found else "keep the float model here"
+        warnings.append(f"{slower}: {why}")
+    return warnings
+
+
+_SLOWER = 0.97  # of the speed of the float model: closer, it is noise
 
 
 def _changed_outputs(pipeline: Sequence[Pass], result: Result) -> bool:

@@ -120,6 +120,42 @@ def within_budget(
     return best
 
 
+def given_back(
+    eligible: list[Group],
+    scores: NDArray[np.float64],
+    gone: Gone,
+    limits: Limits,
+    cost: Callable[[Gone], float],
+    most: float,
+    tries: int = 64,
+) -> Gone:
+    """What goes when as many units come back as the budget has room for: multiples make ratios coarse.
+
+    The most important ones first, in blocks that keep each group a multiple; at most `tries` blocks are tried.
+    """
+    kept = {group.name: int((~gone[group.units]).sum()) for group in eligible}
+
+    def block(group: Group) -> NDArray[np.int64]:
+        ordered = group.units[np.argsort(-scores[group.units], kind="stable")]
+        more = kept_count(group, kept[group.name] + limits.round_to // math.gcd(limits.round_to, group.width), limits)
+        return ordered[kept[group.name] : more]
+
+    waiting = [(group, units) for group in eligible if len(units := block(group))]
+    for _ in range(tries):
+        if not waiting:
+            break
+        waiting.sort(key=lambda each: -scores[each[1]].mean())
+        group, units = waiting.pop(0)
+        tried = gone.copy()
+        tried[units] = False
+        if cost(tried) <= most:
+            gone = tried
+            kept[group.name] += len(units)
+            if len(more := block(group)):
+                waiting.append((group, more))
+    return gone
+
+
 def eligible_groups(groups: ChannelGroups, left_out: Mapping[str, str]) -> list[Group]:
     """The groups of which units may go."""
     return [group for group in groups.groups if group.frozen is None and group.name not in left_out]

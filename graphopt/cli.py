@@ -1,7 +1,7 @@
 """The command line: arguments in, tables out. Everything else is in `graphopt.api`.
 
 Results go to stdout, progress and warnings to stderr. Exit codes: 0 done and within limits; 1 done, but a check
-failed or a pass was rolled back; 2 the request or the input is wrong, in one line; 130 interrupted.
+or a lint rule failed, or a pass was rolled back; 2 the request or the input is wrong, in one line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from graphopt.api import calibrate, calibrate_on_cluster, calibrates, channel_groups, check, inspect, optimize
+from graphopt.api import calibrate, calibrate_on_cluster, calibrates, channel_groups, check, inspect, lint, optimize
 from graphopt.data import Shard, data_file
 from graphopt.errors import DataError, GraphoptError, OutputError, PipelineError
 from graphopt.garbage import rare_collections
@@ -36,6 +36,7 @@ from graphopt.ranges import Ranges
 from graphopt.ranges_files import write_ranges
 from graphopt.report.console import print_check, print_inspection, print_passes, print_ranges, print_report
 from graphopt.report.groups import print_groups
+from graphopt.report.lint import print_lint, print_rules
 from graphopt.report.records import plain_values
 from graphopt.report.terminal import progress_bars
 from graphopt.targets import TARGETS, target_named
@@ -235,6 +236,20 @@ def _groups(arguments: argparse.Namespace, console: Console, errors: Console) ->
     return OK
 
 
+def _lint(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
+    if arguments.list:
+        print_rules(target_named(arguments.target), console)
+        return OK
+    if arguments.model is None:
+        raise GraphoptError("lint needs a model: graphopt lint MODEL --target T")
+    found = lint(arguments.model, arguments.target)
+    if arguments.json:
+        print(json.dumps(plain_values(found.to_json()), indent=2))
+    else:
+        print_lint(found, console)
+    return FAILED if found.failed else OK
+
+
 def _passes(arguments: argparse.Namespace, console: Console, errors: Console) -> int:  # noqa: ARG001 - one signature for all commands
     print_passes(registry(), console)
     return OK
@@ -394,6 +409,12 @@ def _parser() -> argparse.ArgumentParser:
         "--passes", default="fold", metavar="PIPELINE", help="what optimize runs before prune; default: fold"
     )
     grouping.add_argument("--json", action="store_true", help="print JSON")
+
+    linting = _command(commands, "lint", _lint, "hold a quantized model against the rules of a target")
+    linting.add_argument("model", metavar="MODEL", nargs="?")
+    linting.add_argument("--target", default="ort-cpu", metavar="T", help=f"{', '.join(TARGETS)}")
+    linting.add_argument("--list", action="store_true", help="list the rules of the target instead")
+    linting.add_argument("--json", action="store_true", help="print JSON")
 
     _command(commands, "passes", _passes, "list every pass with its options")
     return parser

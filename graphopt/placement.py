@@ -10,7 +10,9 @@ One propagation, driven by the target's table:
 4. the inputs of what stays, and its outputs where the target fuses operators with the Q behind them, carry quantizers.
    An activation function that the Q makes redundant is absorbed: the Q stands behind it.
 
-Tensors joined by operators that only move values share one scale: that of the value's source.
+Tensors joined by operators that only move values share one scale: that of the value's source. A positive constant
+factor changes nothing but the scale by which integers are read, so it costs nothing: x -> Q(s) -> DQ(s * factor). With
+it a hard-swish, x * clip(x + 3, 0, 6) / 6, is an int8 Add whose Q clips, and an int8 Mul whose DQ divides.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import onnx_graphsurgeon as gs
 from networkx import DiGraph
 
 from graphopt.branches import branch_lengths, data_flow
-from graphopt.graph import all_graphs, is_constant, present, producer
+from graphopt.graph import all_graphs, constant_of, has_input, is_constant, present, producer
 from graphopt.pass_base import Skip
 from graphopt.targets import Role, Rule, Target
 
@@ -43,12 +45,29 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A tensor that is quantized, and where its range comes from.
+
+    Attributes:
+        tensor: what carries the pair.
+        source: the tensor whose range it uses: itself, unless it is moved or rescaled from there.
+        factor: by which its values are larger than those of `source`.
+    """
+
+    tensor: gs.Tensor
+    source: gs.Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
 class Placement:
     """What carries a quantizer.
 
     Attributes:
         nodes: the operators that run in int8.
-        activations: by tensor name, the tensor and the tensor whose range it uses (itself, unless only moved).
+        activations: by tensor name, what carries a pair.
+        rescaled: outputs of operators that a DQ replaces, each with the integers' tensor before it, topologically.
+        on_integers: operators to be written between the Q of their input and the DQ of their output.
         readers: by tensor name, the inputs that read the tensor through its Q/DQ pair.
         users: by tensor name, the operators that cannot run in int8 without its Q/DQ pair: what reads it, and what
             computes it and needs a Q behind.
@@ -59,7 +78,9 @@ class Placement:
     """
 
     nodes: tuple[gs.Node, ...]
-    activations: Mapping[str, tuple[gs.Tensor, gs.Tensor]]
+    activations: Mapping[str, Activation]
+    rescaled: tuple[tuple[Activation, gs.Tensor], ...]
+    on_integers: tuple[gs.Node, ...]
     readers: Mapping[str, tuple[Edge, ...]]
     users: Mapping[str, tuple[gs.Node, ...]]
     weights: tuple[tuple[Edge, int | None], ...]
@@ -70,7 +91,7 @@ class Placement:
     @property
     def observed(self) -> tuple[str, ...]:
         """Names of the tensors whose ranges calibration must find."""
-        return tuple(dict.fromkeys(source.name for _, source in self.activations.values()))
+        return tuple(dict.fromkeys(each.source.name for each in self.activations.values()))
 
 
 def place(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = None) -> Placement:
@@ -208,6 +229,8 @@ class _Placing:
     def _can_join(self, node: gs.Node, rule: Rule, available: set[int]) -> bool:
         if rule.role is Role.GAINS or id(node) in self.excluded:
             return False
+        if rule.on_integers and not _pads_with_zero(node):
+            return False
         inputs = [edge.tensor for edge in self._quantized_inputs(node)]
         if any(_dtype(tensor) != np.float32 for tensor in (*inputs, *present(node.outputs))):
             return False
@@ -223,10 +246,20 @@ class _Placing:
     # ---------------------------------------------------------------- which tensors
 
     def _rule(self, node: gs.Node) -> Rule | None:
-        return self.target.rules.get(node.op) if node.domain in (None, "", "ai.onnx") else None
+        if node.domain not in (None, "", "ai.onnx"):
+            return None
+        if self.target.absorbs_factors and (found := _factor(node)) is not None:
+            return Rule(role=Role.RESCALES, inputs=(found[0],))
+        return self.target.rules.get(node.op)
+
+    def _rule_of(self, node: gs.Node) -> Rule:
+        """The rule of an operator that has one."""
+        rule = self._rule(node)
+        assert rule is not None
+        return rule
 
     def _quantized_inputs(self, node: gs.Node) -> list[Edge]:
-        rule = self.target.rules[node.op]
+        rule = self._rule_of(node)
         indices = range(len(node.inputs)) if rule.inputs is None else rule.inputs
         return [Edge(node, index) for index in indices if index < len(node.inputs) and node.inputs[index].name]
 
@@ -236,21 +269,21 @@ class _Placing:
         Behind an operator that only moves values there is nothing to absorb: the Q of its input has clipped already.
         """
         outputs = present(node.outputs)
-        if self.target.rules[node.op].role is Role.COMMUTES:
+        if self._rule_of(node).role in (Role.COMMUTES, Role.RESCALES):
             return outputs
         if (bias := self._bias_of(node)) is not None:
             outputs = bias.node.outputs
         return [self._behind_activation(output) for output in outputs]
 
     def _needs_output(self, node: gs.Node) -> bool:
-        return self.target.rules[node.op].needs_output or self._bias_of(node) is not None
+        return self._rule_of(node).needs_output or self._bias_of(node) is not None
 
     def _bias_of(self, node: gs.Node) -> Edge | None:
         """The constant input of an Add that becomes part of `node`: a value for each output feature of a product.
 
         onnxruntime fuses matrices with a [N] or [1, N], and stacks of matrices of known shape with a [N].
         """
-        if not self.target.rules[node.op].fuses_bias or not is_constant(node.inputs[1]):
+        if not self._rule_of(node).fuses_bias or not is_constant(node.inputs[1]):
             return None
         (output,) = node.outputs
         if len(output.outputs) != 1 or id(output) in self.outputs or id(output) in self.nested_uses:
@@ -322,7 +355,7 @@ class _Placing:
             if not is_constant(edge.tensor):
                 readers.setdefault(edge.tensor.name, []).append(edge)
                 tensors[edge.tensor.name] = edge.tensor
-            elif edge.index == 1 and self.target.rules[edge.node.op].role is Role.GAINS:
+            elif edge.index == 1 and self._rule_of(edge.node).role is Role.GAINS:
                 weights.append((edge, self._weight_axis(edge)))
             else:
                 operands.append(edge)
@@ -332,9 +365,14 @@ class _Placing:
                 tensors[tensor.name] = tensor
                 if self._needs_output(node):
                     users.setdefault(tensor.name, []).append(node)
+        rescaled = self._rescaled()
+        for output, _ in rescaled:
+            tensors.pop(output.tensor.name, None)
         return Placement(
             nodes=tuple(self.kept.values()),
-            activations={name: (tensor, self._range_source(tensor)) for name, tensor in tensors.items()},
+            activations={name: self._activation(tensor) for name, tensor in tensors.items()},
+            rescaled=rescaled,
+            on_integers=tuple(node for node in self.kept.values() if self._rule_of(node).on_integers),
             readers={name: tuple(readers.get(name, ())) for name in tensors},
             users={name: tuple(found) for name, found in users.items()},
             weights=tuple(weights),
@@ -344,7 +382,7 @@ class _Placing:
         )
 
     def _weight_axis(self, edge: Edge) -> int | None:
-        if not self.target.rules[edge.node.op].per_channel or edge.tensor.shape is None:
+        if not self._rule_of(edge.node).per_channel or edge.tensor.shape is None:
             return None
         return output_channel_axis(edge.node, len(edge.tensor.shape))
 
@@ -357,19 +395,57 @@ class _Placing:
             outputs += [(node, tensor) for tensor in self._results(node) if needed or id(tensor) in wanted]
         return outputs
 
-    def _range_source(self, tensor: gs.Tensor) -> gs.Tensor:
-        """The tensor whose range `tensor` has: operators that only move values change none."""
-        node = producer(tensor)
-        while node is not None and id(node) in self.kept and self.target.rules[node.op].role is Role.COMMUTES:
-            tensor = node.inputs[0]
-            node = producer(tensor)
-        return tensor
+    def _rescaled(self) -> tuple[tuple[Activation, gs.Tensor], ...]:
+        """The outputs of kept operators with a factor, in topological order, with the input that has the integers."""
+        nodes = [node for node in self.graph.nodes if id(node) in self.kept]
+        nodes = [node for node in nodes if self._rule_of(node).role is Role.RESCALES]
+        return tuple((self._activation(node.outputs[0]), self._quantized_inputs(node)[0].tensor) for node in nodes)
+
+    def _activation(self, tensor: gs.Tensor) -> Activation:
+        """A tensor with the range that it has: operators that only move values change none."""
+        source, factor = tensor, 1.0
+        while (node := producer(source)) is not None and id(node) in self.kept:
+            role = self._rule_of(node).role
+            if role is Role.RESCALES:
+                factor *= _factor_of(node)
+            elif role is not Role.COMMUTES:
+                break
+            source = self._quantized_inputs(node)[0].tensor
+        return Activation(tensor, source, factor)
+
+
+def _factor(node: gs.Node) -> tuple[int, float] | None:
+    """For a product with (or a quotient by) one positive constant: the index of the other input, and the factor."""
+    if node.op not in ("Mul", "Div"):
+        return None
+    for index in (1,) if node.op == "Div" else (0, 1):
+        constant, other = node.inputs[index], node.inputs[1 - index]
+        if constant.shape is None or any(size != 1 for size in constant.shape) or is_constant(other):
+            continue
+        if (rank := _rank(other)) is None or len(constant.shape) > rank:
+            continue
+        value = constant_of(constant)
+        if value is not None and value.dtype == np.float32 and 0 < (factor := float(value.reshape(()))) < np.inf:
+            return 1 - index, 1 / factor if node.op == "Div" else factor
+    return None
+
+
+def _factor_of(node: gs.Node) -> float:
+    found = _factor(node)
+    assert found is not None
+    return found[1]
 
 
 def _tensors_used_by_bodies(graph: gs.Graph) -> set[int]:
     return {
         id(tensor) for body in all_graphs(graph) if body is not graph for node in body.nodes for tensor in node.inputs
     }
+
+
+def _pads_with_zero(node: gs.Node) -> bool:
+    """Whether a Pad adds zeros or copies, which the zero point or the integers themselves stand for."""
+    value = constant_of(node.inputs[2]) if has_input(node, 2) else None
+    return node.op != "Pad" or not has_input(node, 2) or (value is not None and not value.any())
 
 
 def _dtype(tensor: gs.Tensor) -> np.dtype[Any] | None:

@@ -7,7 +7,7 @@ A real x is stored as the integer q = clamp(round_half_even(x / scale) + zero_po
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,10 @@ class QuantParams:
         shape = [1] * rank
         shape[self.axis] = -1
         return values.reshape(shape)
+
+    def scaled(self, factor: float) -> QuantParams:
+        """The parameters of the same integers where they stand for values `factor` times as large; `factor` > 0."""
+        return self if factor == 1 else replace(self, scale=np.asarray(self.scale * factor, np.float32))
 
     def quantize(self, values: Array) -> Array:
         """Real values -> integers of the quantized dtype, same shape."""

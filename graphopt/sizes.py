@@ -53,7 +53,7 @@ def at_assumed_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> tuple[g
 
 def tensors_at(graph: gs.Graph, shapes: Mapping[str, Shape]) -> dict[str, gs.Tensor]:
     """Return copies of all tensors by name, with what shape inference finds when the inputs have these shapes."""
-    sized = _with_input_shapes(graph, shapes)
+    sized = at_sizes(graph, shapes)
     return {tensor.name: tensor for tensor in (*sized.inputs, *_computed(sized))}
 
 
@@ -64,7 +64,7 @@ class _Sized(NamedTuple):
 
 
 def _sized(graph: gs.Graph, assumed: dict[str, Shape]) -> _Sized:
-    sized = _with_input_shapes(graph, assumed)
+    sized = at_sizes(graph, assumed)
     return _Sized(sized, assumed, sum(_is_unknown(tensor) for tensor in _computed(sized)))
 
 
@@ -84,7 +84,8 @@ def _with_newer_opset(graph: gs.Graph) -> gs.Graph:
     return newer
 
 
-def _with_input_shapes(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:
+def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:
+    """Return a copy of `graph` with shapes inferred for inputs of these shapes, by name; other sizes stay open."""
     sized = copy_graph(graph)
     for tensor in sized.inputs:
         if tensor.name in shapes:

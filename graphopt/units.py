@@ -210,6 +210,7 @@ class Units:
     def _match(self, left: list[Ids], right: list[Ids]) -> None:
         """Make the set of units of each position the same on both sides."""
         left, right = _not_empty(left), _not_empty(right)
+        every = [*left, *right]
         if len(left) > 1 and len(right) > 1:
             for column in list(left):
                 same = next((each for each in right if np.array_equal(_pattern(each), _pattern(column))), None)
@@ -225,7 +226,7 @@ class Units:
         elif len(right) == 1 and left:
             self._refine(right[0], left)
         else:
-            self._merge_all([*left, *right])
+            self._merge_all(every)
 
     def _again(self, columns: list[Ids]) -> list[Ids]:
         return [each for column in columns for each in self._resolved_column(column)]

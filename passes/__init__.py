@@ -32,6 +32,7 @@ from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
 from graphopt.passes.replace_concat import ReplaceConcat
 from graphopt.passes.replace_sum import ReplaceSum
+from graphopt.passes.strip_qdq import StripQdq
 
 __all__ = [
     "Calibrate",
@@ -56,10 +57,11 @@ __all__ = [
     "RemoveIdentities",
     "ReplaceConcat",
     "ReplaceSum",
+    "StripQdq",
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Refit, Calibrate, InsertQdq)
+_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Refit, Calibrate, InsertQdq, StripQdq)
 
 
 @cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from graphopt.channel_choice import (
     Scope,
     eligible_groups,
     factors_cut_elsewhere,
+    given_back,
     least_important,
     within_budget,
 )
@@ -29,6 +31,7 @@ from graphopt.channel_importance import Importance, Reduce, score_units
 from graphopt.channel_removal import composed, remove_units
 from graphopt.channel_statistics import ChannelStatistics, LastAxisStatistics
 from graphopt.channels import ChannelGroups, Group, find_groups
+from graphopt.dead_channels import dead_units
 from graphopt.errors import PipelineError
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
@@ -39,6 +42,7 @@ from graphopt.shapes import infer_shapes
 
 _BUDGETS = ("ratio", "macs", "params", "latency")
 _LATENCY_TRIES = 6
+_ONE_BUDGET = f"prune needs exactly one of {', '.join(_BUDGETS)}, such as prune:macs=0.7, or dead=true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +64,16 @@ class Prune(Pass):
     round_to: int = field(default=0, metadata={"help": "keep a multiple of it; 0: what the target likes"})
     max_ratio: float = field(default=0.9, metadata={"help": "remove at most this share of a group"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns of groups to leave alone, such as *head*"})
+    dead: bool = field(
+        default=False, metadata={"help": "channels that are zero, or read with zeros, first; alone: only those"}
+    )
     steps: int = field(default=1, metadata={"help": "remove in so many steps, measuring importance anew before each"})
     seed: int = field(default=0, metadata={"help": "for random importance"})
 
     def __post_init__(self) -> None:
         given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
-        if len(given) != 1:
-            raise PipelineError(f"prune needs exactly one of {', '.join(_BUDGETS)}, such as prune:macs=0.7")
+        if len(given) > 1:
+            raise PipelineError(_ONE_BUDGET)
         for name, value in given.items():
             if not 0 < value < 1:
                 raise PipelineError(f"prune:{name} must be above 0 and below 1, not {value}")
@@ -79,10 +86,12 @@ class Prune(Pass):
         """Cut `graph`, and leave what was cut in `context.cut`.
 
         Raises:
-            PipelineError: the budget cannot be met.
+            PipelineError: there is no budget, or it cannot be met.
             DataError: a sample does not fit the model.
             ModelError: shape inference refuses the graph.
         """
+        if not self.dead and all(getattr(self, name) is None for name in _BUDGETS):
+            raise PipelineError(_ONE_BUDGET)
         removed = 0
         parts: dict[str, int] = {}
         skipped: tuple[Skip, ...] = ()
@@ -104,7 +113,12 @@ class Prune(Pass):
                 break
             statistics, warnings = self._statistics(graph, groups, context)
             scores = score_units(graph, groups, self.importance, self.reduce, statistics, self.seed)
-            gone = self._choose(graph, context, groups, eligible, scores, before, step)
+            dead = dead_units(graph, groups) if self.dead else nothing
+            scores = np.where(dead, -1.0, scores)
+            if any(getattr(self, name) is not None for name in _BUDGETS):
+                gone = self._choose(graph, context, groups, eligible, scores, before, step)
+            else:
+                gone = _all_but_one(eligible, dead)
             if not gone.any():
                 continue
             made = remove_units(graph, groups, gone)
@@ -189,7 +203,10 @@ class Prune(Pass):
             gone = within_budget(choose, _measuring(graph, groups, context), most, _LATENCY_TRIES)
         else:
             amount = before[kind == "params"]
-            gone = within_budget(choose, lambda found: groups.cost(kind, found), most * amount)
+            cost = partial(groups.cost, kind)
+            gone = within_budget(choose, cost, most * amount)
+            if gone is not None:
+                gone = given_back(eligible, scores, gone, limits, cost, most * amount)
         if gone is None:
             least = groups.cost("params" if kind == "params" else "macs", choose(1.0))
             reached = "" if kind == "latency" else f"; {least / before[kind == 'params']:.3f} is the least"
@@ -198,6 +215,15 @@ class Prune(Pass):
                 f"{reached}: graphopt groups shows why the others stay"
             )
         return gone
+
+
+def _all_but_one(eligible: list[Group], dead: Gone) -> Gone:
+    """The dead units of eligible groups; a group of nothing else keeps one, so that no axis is empty."""
+    gone = np.zeros_like(dead)
+    for group in eligible:
+        units = group.units[dead[group.units]]
+        gone[units[1:] if len(units) == group.size else units] = True
+    return gone
 
 
 def _measuring(graph: gs.Graph, groups: ChannelGroups, context: Context) -> Callable[[Gone], float]:

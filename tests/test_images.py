@@ -398,7 +398,15 @@ def folder(tmp_path, monkeypatch):
 
 class TestCommands:
     def test_optimize_calibrates_on_images_and_reports_the_request(self, folder, capsys):
-        command = ["optimize", "net.onnx", "--passes", "fold,calibrate,qdq", "--data", "photos", "--json"]
+        command = [
+            "optimize",
+            "net.onnx",
+            "--passes",
+            "fold,calibrate,qdq:small_islands=true",
+            "--data",
+            "photos",
+            "--json",
+        ]
         assert main([*command, "--preprocess", REQUEST, "-o", "a.onnx"]) == OK
         shown = capsys.readouterr()
         report = json.loads(shown.out)
@@ -409,7 +417,7 @@ class TestCommands:
         assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
 
     def test_both_commands_warn_of_what_they_assume(self, folder, capsys):
-        optimizing = ["optimize", "net.onnx", "--passes", "calibrate,qdq", "-o", "out.onnx"]
+        optimizing = ["optimize", "net.onnx", "--passes", "calibrate,qdq:small_islands=true", "-o", "out.onnx"]
         for command in (optimizing, ["check", "net.onnx", "net.onnx"]):
             assert main([*command, "--data", "photos"]) == OK
             shown = capsys.readouterr()
@@ -447,7 +455,7 @@ class TestCommands:
         assert "photos.toml: it is an input" in capsys.readouterr().err
 
     def test_python_takes_the_same(self, folder):
-        result = graphopt.optimize("net.onnx", "calibrate,qdq", data="photos", preprocess=REQUEST)
+        result = graphopt.optimize("net.onnx", "calibrate,qdq:small_islands=true", data="photos", preprocess=REQUEST)
         assert result.report.warnings == ["the ranges come from 4 samples; from 32 on they are steadier"]
         found = graphopt.check("net.onnx", result.model, data="photos", preprocess=Path("photos.toml"))
         assert found.comparison == result.report.check.comparison

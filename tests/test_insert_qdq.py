@@ -53,9 +53,10 @@ def ranges_of(**bounds):
 RANGES = ranges_of(x=(-3, 3), r=(0, 4), y=(-3, 3), c=(-4, 4))
 
 
-def quantized(model, target=ORT_CPU, ranges=RANGES, **options):
+def quantized(model, target=ORT_CPU, ranges=RANGES, *, small_islands=True, **options):
     loaded = load_model(model)
-    result = InsertQdq(**options).apply(loaded.graph, Context(target=target, ranges=ranges))
+    chosen = InsertQdq(small_islands=small_islands, **options)
+    result = chosen.apply(loaded.graph, Context(target=target, ranges=ranges))
     proto = loaded.to_proto()
     onnx.checker.check_model(proto, full_check=True)
     return proto, result

@@ -73,6 +73,7 @@ def test_the_public_names_are_these():
         "channel_groups",
         "check",
         "inspect",
+        "lint",
         "optimize",
     ]
     assert all(hasattr(graphopt, name) for name in graphopt.__all__)

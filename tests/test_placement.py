@@ -96,7 +96,7 @@ def test_an_operator_that_only_moves_values_shares_the_range_of_its_input():
         outputs="float[N,16,4,4] y",
     )
     placement = place(graph, ORT_CPU)
-    assert placement.activations["p"][1].name == "r"
+    assert placement.activations["p"].source.name == "r"
     assert "p" not in placement.observed
 
 
@@ -194,3 +194,26 @@ def test_operators_inside_a_branch_are_left_alone_and_reported():
     placement = place(graph, ORT_CPU)
     assert not placement.nodes
     assert "branch" in placement.skipped[0].reason
+
+
+def test_a_positive_factor_costs_ort_a_scale_and_no_quantizer():
+    graph = graph_of(f"c = {CONV}(x, w, b) m = Mul(c, k) y = {CONV}(m, w, b)", weights="float k = {2}")
+    placement = place(graph, ORT_CPU)
+    assert quantized(placement) == {"x", "c", "y"}
+    ((activation, before),) = placement.rescaled
+    assert (activation.tensor.name, activation.source.name, activation.factor, before.name) == ("m", "c", 2.0, "c")
+
+
+@pytest.mark.parametrize("constant", ["float k = {-2}", "float k = {0}", "float[16,1,1] k"])
+def test_a_factor_that_is_not_one_positive_number_is_an_int8_operand(constant):
+    graph = graph_of(f"c = {CONV}(x, w, b) m = Mul(c, k) y = {CONV}(m, w, b)", weights=constant)
+    placement = place(graph, ORT_CPU)
+    assert not placement.rescaled
+    assert "m" in quantized(placement)
+
+
+def test_a_pad_with_another_value_than_zero_stays_float():
+    body = f"c = {CONV}(x, w, b) d = Pad(c, pads, k) y = {CONV}(d, w, b)"
+    weights = "int64[8] pads = {0,0,1,1,0,0,1,1}, float k = {1}"
+    graph = graph_of(body, outputs="float[N,16,10,10] y", weights=weights)
+    assert "Pad" not in operators(place(graph, ORT_CPU))

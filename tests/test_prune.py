@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
-from comparing import constant
+from comparing import assert_equal_outputs, constant
 from test_channels import NETS, SCORES, TAIL, Net, P, bn, bn_node, tail
 from zeroing import parameters, prune_and_compare
 
@@ -17,6 +19,7 @@ from graphopt.macs import macs_by_node
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.pass_manager import PassManager
+from graphopt.passes.fold import Fold
 from graphopt.passes.prune import Prune
 from graphopt.targets import target_named
 
@@ -54,6 +57,15 @@ def test_a_budget_of_parameters_is_kept_and_used(share):
     assert share - 0.08 < parameters(after) / parameters(CHAIN.model()) <= share
 
 
+def test_what_multiples_leave_of_a_budget_is_given_back_to_the_most_important_channels():
+    resnet = Path(__file__).resolve().parent.parent / "models" / "fmnist_resnet.onnx"
+    model = load_model(resnet)
+    Fold().apply(model.graph, Context(frame=model.frame))
+    before = macs(model.to_proto())
+    Prune(macs=0.7).apply(model.graph, Context(frame=model.frame))
+    assert 0.68 < macs(model.to_proto()) / before <= 0.7
+
+
 def test_a_budget_of_latency_is_measured(monkeypatch):
     monkeypatch.setattr("graphopt.passes.prune.measure_latency", lambda sessions, feed, seconds: [1.0, 0.4])
     assert parameters(pruned(Prune(latency=0.5))) <= parameters(CHAIN.model())
@@ -70,7 +82,6 @@ def test_a_budget_that_cannot_be_met_is_refused_and_the_least_is_named():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "exactly one of ratio, macs, params, latency"),
         ({"ratio": 0.5, "macs": 0.5}, "exactly one of"),
         ({"ratio": 1.0}, "prune:ratio must be above 0 and below 1, not 1.0"),
         ({"macs": 0.0}, "prune:macs must be above 0"),
@@ -82,6 +93,11 @@ def test_a_budget_that_cannot_be_met_is_refused_and_the_least_is_named():
 def test_options_that_make_no_sense_are_refused(options, reason):
     with pytest.raises(PipelineError, match=reason):
         Prune(**options)
+
+
+def test_a_budget_must_be_given():
+    with pytest.raises(PipelineError, match="exactly one of ratio, macs, params, latency"):
+        pruned(Prune())
 
 
 @pytest.mark.parametrize(("round_to", "kept"), [(1, (16, 12)), (8, (16, 16)), (5, (15, 10)), (16, (16, 16))])
@@ -203,6 +219,55 @@ def test_of_two_factors_of_one_axis_the_finer_one_is_cut():
     loaded = load_model(NETS["attention with a fused QKV"].model())
     result = Prune(ratio=0.5).apply(loaded.graph, Context())
     assert [skip.where for skip in result.skipped if "which has more units" in skip.reason] == ["f#4"]
+
+
+DEAD = Net(
+    SCORES,
+    f"a = Conv{P}(x, w1, b1) b = Relu(a) c = Conv{P}(b, w2, b2) d = Sigmoid(c) e = Conv{P}(d, w3) "
+    f"last = Add(e, b) {TAIL}",
+    {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (12, 16, 3, 3), "b2": (12,), "w3": (16, 12, 3, 3), **tail(16)},
+)
+
+
+def with_zeros(zeros: dict[str, tuple]) -> onnx.ModelProto:
+    """`DEAD` with zeros at an index of some weights."""
+    model = DEAD.model()
+    for tensor in model.graph.initializer:
+        if tensor.name in zeros:
+            value = onnx.numpy_helper.to_array(tensor).copy()
+            value[zeros[tensor.name]] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("zeros", "left"),
+    [
+        ({"w3": (slice(None), [1, 2])}, (16, 10)),  # read with zeros
+        ({"w1": [3, 4], "b1": [3, 4], "w3": [3, 4]}, (14, 12)),  # zero on both branches, and their sum
+        ({"w1": [3, 4], "w3": [3, 4]}, (16, 12)),  # a bias remains
+        ({"w1": [3, 4], "b1": [3, 4]}, (16, 12)),  # the other branch is not zero
+        ({"w2": [0, 1], "b2": [0, 1]}, (16, 12)),  # Sigmoid makes a half of zero
+        ({"w2": (slice(None), [5])}, (16, 12)),  # another reader multiplies it by something
+        ({"w3": (slice(None), range(12))}, (16, 1)),  # one stays
+        ({"w2": (slice(None), [7]), "wf": (slice(None), [7]), "w3": [8]}, (15, 12)),  # read with zeros twice
+    ],
+)
+def test_dead_channels_go_for_nothing(zeros, left):
+    model = with_zeros(zeros)
+    loaded = load_model(model)
+    Prune(dead=True).apply(loaded.graph, Context())
+    after = loaded.to_proto()
+    assert channels(after) == left
+    assert_equal_outputs(model, after)
+
+
+def test_dead_channels_are_the_first_to_go():
+    model = with_zeros({"w3": (slice(None), [1, 2, 3, 4, 5, 6])})
+    options = {"ratio": 0.5, "round_to": 1, "importance": Importance.RANDOM}
+    values = constant(model, "w2")
+    after = constant(pruned(Prune(**options, dead=True, exclude=("a*",)), model), "w2")
+    np.testing.assert_array_equal(after, np.delete(values, range(1, 7), axis=0))
 
 
 def test_the_pass_manager_verifies_and_keeps_what_prune_made():

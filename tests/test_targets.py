@@ -35,6 +35,16 @@ BETWEEN_CONVS = {
     "Reshape": ("d = Reshape(c, swapped)", "Reshape"),
     "Resize": ('d = Resize<mode="nearest">(c, , ones)', "Resize"),
     "Slice": ("d = Slice(c, from, to, axes)", "Slice"),
+    "factor": ("d = Mul(c, six)", None),
+    "HardSigmoid": ("d = HardSigmoid(c)", "QLinearAdd"),
+    "HardSwish": ("d = HardSwish(c)", "QLinearMul"),
+    "hard-swish": ("s = Add(c, three) r = Clip(s, zero, six) m = Mul(c, r) d = Div(m, six)", "QLinearMul"),
+    "squeeze-excite": (
+        "p = GlobalAveragePool(c) e = Conv(p, narrow) r = Relu(e) f = Conv(r, narrow) g = HardSigmoid(f) d = Mul(c, g)",
+        "QLinearMul",
+    ),
+    "Pad": ("d = Pad(c, pads)", "Pad"),
+    "Pad by copies": ('d = Pad<mode="edge">(c, pads)', "Pad"),
     "DepthToSpace": ("e = Conv(c, wide) d = DepthToSpace<blocksize=2>(e)", "DepthToSpace"),
 }
 
@@ -45,13 +55,14 @@ def operators_after(body, weights=""):
         <ir_version: 8, opset_import: ["" : 18]>
         g (float[2,16,8,8] x) => (float[A,B,C,D] y)
         <float[16,16,3,3] w, float[16,16,3,3] v, float[64,16,1,1] wide, float[16,1,1] k, float zero = {{0}},
+         float[16,16,1,1] narrow, float three = {{3}}, int64[8] pads = {{0,0,1,1,0,0,1,1}},
          float six = {{6}}, bool flag = {{1}}, int64[4] swapped = {{0,0,4,16}}, float[4] ones = {{1,1,1,1}},
          int64[1] from = {{1}}, int64[1] to = {{7}}, int64[1] axes = {{2}} {weights}>
         {{ {body} }}"""
     graph = load_model(model_of(text)).graph
     context = Context(target=ORT_CPU)
     Calibrate().apply(graph, context)
-    InsertQdq().apply(graph, context)
+    InsertQdq(small_islands=True).apply(graph, context)
     return optimized_ops(load_model(graph).to_proto())
 
 

@@ -17,6 +17,7 @@ from graphopt.inspection import Inspection, Interface
 from graphopt.pass_base import Pass, Skip
 from graphopt.pipeline import options_of
 from graphopt.ranges import Ranges
+from graphopt.report.lint import print_lint_summary
 from graphopt.report.records import Report
 
 _SKIP_GROUPS = 12
@@ -39,6 +40,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_skip_table(skipped))
     if report.check is not None:
         print_check(report.check, console)
+    if report.lint is not None:
+        print_lint_summary(report.lint, console)
 
 
 def print_check(check: Check, console: Console) -> None:

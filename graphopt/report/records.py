@@ -12,6 +12,7 @@ from typing import Any
 
 from graphopt.checking import Check
 from graphopt.files import write_text_atomically
+from graphopt.lint import LintReport
 from graphopt.pass_base import Skip
 
 SCHEMA = 1
@@ -38,7 +39,7 @@ class PassRecord:
 
 @dataclass(kw_only=True)
 class Report:
-    """One run of a pipeline: the request, each pass, and the final check of a lossy pipeline."""
+    """One run of a pipeline: the request, each pass, and the final check and lint of a lossy pipeline."""
 
     model: str
     pipeline: str
@@ -51,6 +52,7 @@ class Report:
     passes: list[PassRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     check: Check | None = None
+    lint: LintReport | None = None  # of the result, where it was quantized
     output: str | None = None
 
     @property

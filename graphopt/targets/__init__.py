@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from graphopt.errors import GraphoptError
 from graphopt.targets.ort_cpu import ORT_ARM, ort_cpu_of_this_machine
-from graphopt.targets.target import Role, Rule, Target
+from graphopt.targets.target import Costs, Role, Rule, Target
 from graphopt.targets.tensorrt import TENSORRT
 
-__all__ = ["TARGETS", "Role", "Rule", "Target", "target_named"]
+__all__ = ["TARGETS", "Costs", "Role", "Rule", "Target", "target_named"]
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "ort-cpu": ort_cpu_of_this_machine,

@@ -5,10 +5,11 @@ Placement (`graphopt.placement`) reads this table and knows no operator by name;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from graphopt.lint_rule import LintRule, Subject
 from graphopt.quantization import QuantType
 
 
@@ -18,6 +19,7 @@ class Role(Enum):
     GAINS = "gains"  # worth quantizing for its own sake: quantizers start here
     JOINS = "joins"  # has an int8 kernel: runs in int8 where its neighbours do
     COMMUTES = "commutes"  # only moves or selects values: same scale and zero point in and out
+    RESCALES = "rescales"  # a positive factor: the DQ of its input, with another scale, stands in its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Rule:
             an int8 consumer reads it.
         fuses_bias: a constant bias added behind becomes part of the operator, which then needs a Q behind the Add.
         minimum_channels: smallest number of input and of output channels that gains.
+        on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
+            for them but does not fuse the operator with pairs around it.
     """
 
     role: Role
@@ -42,6 +46,22 @@ class Rule:
     needs_output: bool = True
     fuses_bias: bool = False
     minimum_channels: int = 1
+    on_integers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What int8 saves and costs on a device, in nanoseconds, to tell which operators are too small for it.
+
+    Attributes:
+        saved_ns_per_mac: by operator type, for sums over many channels.
+        border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
+        border_ns_per_element: of the tensor there.
+    """
+
+    saved_ns_per_mac: Mapping[str, float]
+    border_ns: float
+    border_ns_per_element: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +74,8 @@ class Target:
         absorbed: activation functions that the Q behind them makes redundant.
         quantizes_outputs: an int8 operator needs its output quantized too, and all consumers read the quantized
             tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
+        absorbs_factors: a product with a positive constant factor costs nothing: a DQ with another scale.
+        decomposed: operators that run in int8 only as what they stand for (`graphopt.hard_activations`).
         residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
         stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
         saturates: its kernels add two products of a uint8 and an int8 in 16 bits, so weights must keep such sums small;
@@ -61,7 +83,10 @@ class Target:
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
         channel_multiple: kernels are fastest at channel counts that are multiples of it.
+        costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
+        lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rule`.
+        lint_figures: what it counts besides, by name.
     """
 
     name: str
@@ -72,9 +97,14 @@ class Target:
     stays_float: Mapping[str, str] = field(default_factory=dict)
     absorbed: frozenset[str] = frozenset({"Relu", "Clip"})
     quantizes_outputs: bool = True
+    absorbs_factors: bool = False
+    decomposed: frozenset[str] = frozenset()
     residual_adds: bool = False
     stores_int8_weights: bool = True
     saturates: bool = False
     runs_here: bool = False
     channel_multiple: int = 4
+    costs: Costs | None = None
     notes: tuple[str, ...] = ()
+    lint_rules: tuple[LintRule, ...] = ()
+    lint_figures: Callable[[Subject], Mapping[str, int | float]] | None = None

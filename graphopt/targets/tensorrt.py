@@ -11,6 +11,9 @@ from dataclasses import replace
 
 from graphopt.quantization import INT8_SYMMETRIC, INT8_WEIGHT
 from graphopt.targets.target import Role, Rule, Target
+from graphopt.targets.tensorrt_errors import TENSORRT_ERRORS
+from graphopt.targets.tensorrt_infos import TENSORRT_INFOS
+from graphopt.targets.tensorrt_warnings import TENSORRT_WARNINGS
 
 _WEIGHTED = Rule(
     role=Role.GAINS,
@@ -43,4 +46,5 @@ TENSORRT = Target(
     residual_adds=True,
     channel_multiple=8,
     stores_int8_weights=False,
+    lint_rules=(*TENSORRT_ERRORS, *TENSORRT_WARNINGS, *TENSORRT_INFOS),
 )

@@ -1,0 +1,292 @@
+"""Turn a Q/DQ graph, from whatever tool, back into a float one: to fold it, calibrate it and quantize it anew.
+
+    x -> Q(s, z) -> DQ(s, z)             activation     x
+    int8 w -> DQ(s, z)                   weight, bias   the constant (w - z) * s
+    float w -> Q -> DQ                   weight         w, as it is: nothing is lost
+    x -> Q(s, z) -> DQ(t, z)             a free factor  x * (t / s), behind what of the clipping is meant
+
+QuantizeLinear does three things: it rounds, it scales, and it clips to [(qmin - z) * s, (qmax - z) * s]. Rounding goes.
+Scaling stays where Q and DQ differ. Clipping is a side effect where the range was calibrated, and goes too; but tools
+let it stand for a Relu or a Clip that they remove, and then it is part of the network:
+
+- A zero point at the lowest stored value clips at 0 exactly. Where the tensor is never negative anyway (behind a Relu,
+  a Sigmoid, a MaxPool of such), or is a graph input, nothing was removed and nothing is lost. Elsewhere the Q stands
+  for an activation function, and the file does not tell a Relu from a Relu6, whose upper end a network may depend on
+  (hard-swish without it grows without bound). So both ends stay, as one Clip: what the quantized graph does, without
+  the rounding. `clips=relu` keeps the lower end alone, for networks that have no other activation function.
+- A zero point at the highest value: the same, upside down.
+- With other zero points, nothing tells a calibrated range from a Clip that was removed; both ends go. `clips=all` keeps
+  those of every activation.
+- With different scales, the pair was made by hand, such as for hard-swish, and clips on purpose: both ends stay.
+
+Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
+computed at run time, blocks, a stored tensor that others than DequantizeLinear read (integer operators, graph
+outputs), and QLinear operators, in which nothing is left to take apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.graph import (
+    Array,
+    Names,
+    all_graphs,
+    constant_of,
+    is_constant,
+    label_of,
+    named_tensors,
+    producer,
+    remove_nodes,
+    replace_uses,
+    set_output,
+)
+from graphopt.operators import NEVER_NEGATIVE
+from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.quantizers import Quantizer, change_by, dtype_of, ends_of, quantizer_of, values_of
+
+_KEEP_SIGN = frozenset(
+    {
+        *("AveragePool", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool", "Identity", "MaxPool"),
+        *("GlobalMaxPool", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+    }
+)
+_MOST_STEPS = 64  # of a search backwards for what makes a tensor never negative
+
+
+class Clips(Enum):
+    """Which ends of the range of an activation become Relu or Clip nodes."""
+
+    AUTO = "auto"  # both, where the Q may stand for an activation function that clips at 0
+    RELU = "relu"  # there, the end at 0 alone
+    NONE = "none"
+    ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StripQdq(Pass):
+    """Remove QuantizeLinear and DequantizeLinear: activations lose their pairs, stored weights become float."""
+
+    name: ClassVar[str] = "strip-qdq"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    clips: Clips = field(
+        default=Clips.AUTO,
+        metadata={
+            "help": "what stays of ranges: auto, a Clip where a Q may stand for a Relu6; relu, a Relu there; none; all"
+        },
+    )
+
+    def apply(self, graph: gs.Graph, context: Context) -> PassResult:
+        """Strip `graph` and the graphs in it."""
+        context.infer_shapes(graph)
+        stripping = _Stripping(graph, self.clips)
+        for each in all_graphs(graph):
+            stripping.run(each)
+        return PassResult(
+            rewrites=sum(stripping.parts.values()),
+            skipped=tuple(stripping.skipped),
+            parts=stripping.parts,
+        )
+
+
+class _Stripping:
+    def __init__(self, root: gs.Graph, clips: Clips) -> None:
+        self.clips = clips
+        self.names = Names(root)
+        self.named = named_tensors(root)
+        self.skipped: list[Skip] = []
+        self.clipped: dict[tuple[int, float | None, float | None], gs.Tensor] = {}  # a Q may have several DQ
+        self.parts = {"activations": 0, "weights": 0, "clips kept": 0, "factors kept": 0}
+
+    def run(self, graph: gs.Graph) -> None:
+        doomed: list[gs.Node] = []
+        for node in list(graph.nodes):
+            if node.op.startswith("QLinear") or node.op in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear"):
+                self.skipped.append(Skip(label_of(node), f"{node.op} computes with integers itself, there is no pair"))
+                continue
+            dequantizer = quantizer_of(node)
+            if dequantizer is None or dequantizer.quantizes:
+                continue
+            if (reason := _why_not(dequantizer)) is not None:
+                self.skipped.append(Skip(dequantizer.label, reason))
+                continue
+            doomed.append(node)
+            self._strip(graph, dequantizer)
+        remove_nodes(graph, doomed)
+        remove_nodes(graph, [node for node in graph.nodes if self._is_idle_quantizer(node)])
+        graph.toposort()
+
+    def _is_idle_quantizer(self, node: gs.Node) -> bool:
+        found = quantizer_of(node)
+        if found is None or not found.quantizes:
+            return False
+        if not found.output.outputs and id(found.output) not in self.named:
+            return True
+        if found.output.outputs and not any(quantizer_of(reader) for reader in found.output.outputs):
+            self.skipped.append(Skip(found.label, f"{label_of(found.output.outputs[0])} computes with what it stores"))
+        return False
+
+    def _strip(self, graph: gs.Graph, dequantizer: Quantizer) -> None:
+        quantizer = quantizer_of(producer(dequantizer.data))
+        if quantizer is None:
+            values: gs.Tensor = gs.Constant(
+                self.names.fresh(f"{dequantizer.output.name}/float"), values_of(dequantizer)
+            )
+            self.parts["weights"] += 1
+        elif (constant := constant_of(quantizer.data)) is not None:
+            factor, shift = change_by(quantizer, dequantizer)
+            values = quantizer.data
+            if np.any(factor != 1) or np.any(shift != 0):
+                values = gs.Constant(self.names.fresh(f"{values.name}/scaled"), constant * factor + shift)
+            self.parts["weights"] += 1
+        else:
+            values = self._activation(graph, quantizer, dequantizer)
+            self.parts["activations"] += 1
+        self._take_place(graph, dequantizer.output, values)
+
+    def _activation(self, graph: gs.Graph, quantizer: Quantizer, dequantizer: Quantizer) -> gs.Tensor:
+        """The real values that a pair hands on: x, clipped and scaled as far as that is meant."""
+        factor, shift = change_by(quantizer, dequantizer)
+        low, high = ends_of(quantizer)
+        changes = bool(np.any(factor != 1) or np.any(shift != 0))
+        if not changes and self.clips is not Clips.ALL:
+            low, high = self._meant_ends(quantizer, low, high)
+        if quantizer.is_per_tensor and (low is not None or high is not None):
+            values = self._clip(graph, quantizer, low, high)
+        else:
+            values = quantizer.data
+        if changes:
+            self.parts["factors kept"] += 1
+            if np.any(factor != 1):
+                values = self._with_constant(graph, "Mul", values, factor, quantizer)
+            if np.any(shift != 0):
+                values = self._with_constant(graph, "Add", values, shift, quantizer)
+        return values
+
+    def _meant_ends(
+        self, quantizer: Quantizer, low: float | None, high: float | None
+    ) -> tuple[float | None, float | None]:
+        """Of the ends of a range, those that stand for an activation function."""
+        if self.clips is Clips.NONE or 0 not in (low, high) or _needs_no_activation(quantizer.data, low):
+            return None, None
+        if self.clips is Clips.AUTO:
+            return low, high
+        return (0.0, None) if low == 0 else (None, 0.0)
+
+    def _clip(self, graph: gs.Graph, quantizer: Quantizer, low: float | None, high: float | None) -> gs.Tensor:
+        key = id(quantizer.node), low, high
+        if key not in self.clipped:
+            self.clipped[key] = self._clip_node(graph, quantizer, low, high)
+            self.parts["clips kept"] += 1
+        return self.clipped[key]
+
+    def _clip_node(self, graph: gs.Graph, quantizer: Quantizer, low: float | None, high: float | None) -> gs.Tensor:
+        if low == 0 and high is None:
+            return self._add(graph, "Relu", [quantizer.data], quantizer)
+        dtype = dtype_of(quantizer.data) or np.dtype(np.float32)
+        if graph.opset < _LIMITS_AS_INPUTS:
+            limits = {"min": low, "max": high}
+            attributes = {name: float(value) for name, value in limits.items() if value is not None}
+            return self._add(graph, "Clip", [quantizer.data], quantizer, attributes)
+        inputs = [
+            gs.Variable.empty()
+            if value is None
+            else gs.Constant(self.names.fresh(f"{quantizer.data.name}/{end}"), np.asarray(value, dtype))
+            for end, value in (("min", low), ("max", high))
+        ]
+        return self._add(graph, "Clip", [quantizer.data, *inputs], quantizer)
+
+    def _with_constant(
+        self, graph: gs.Graph, op: str, tensor: gs.Tensor, value: Array, quantizer: Quantizer
+    ) -> gs.Tensor:
+        operand = gs.Constant(self.names.fresh(f"{quantizer.data.name}/{op}_by"), value)
+        return self._add(graph, op, [tensor, operand], quantizer)
+
+    def _add(
+        self,
+        graph: gs.Graph,
+        op: str,
+        inputs: list[gs.Tensor],
+        quantizer: Quantizer,
+        attributes: dict[str, Any] | None = None,
+    ) -> gs.Tensor:
+        name = self.names.fresh(f"{quantizer.data.name}/{op}")
+        output = gs.Variable(self.names.fresh(f"{name}_output"), quantizer.data.dtype, quantizer.data.shape)
+        graph.nodes.append(gs.Node(op, name, attributes or {}, inputs, [output]))
+        return output
+
+    def _take_place(self, graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Let everything read `new` for `old`; a tensor whose name must stay is computed by another node."""
+        if id(old) not in self.named:
+            replace_uses(old, new)
+            return
+        node, dequantizing = producer(new), producer(old)
+        assert dequantizing is not None
+        set_output(dequantizing, 0, gs.Variable(self.names.fresh(f"{old.name}/stripped"), old.dtype, old.shape))
+        renames = id(new) not in self.named and not is_constant(new) and any(each is node for each in graph.nodes)
+        if node is not None and renames:
+            replace_uses(new, old)
+            index = next(index for index, output in enumerate(node.outputs) if output is new)
+            set_output(node, index, old)
+            return
+        graph.nodes.append(gs.Node("Identity", self.names.fresh(f"{old.name}/Identity"), {}, [new], [old]))
+
+
+_LIMITS_AS_INPUTS = 11  # the opset since which those of Clip are
+
+
+def _why_not(dequantizer: Quantizer) -> str | None:
+    """Why a DequantizeLinear must stay, with the Q before it."""
+    stored = producer(dequantizer.data)
+    quantizer = quantizer_of(stored)
+    for each in filter(None, (quantizer, dequantizer)):
+        if each.scale is None or each.zero_point is None:
+            return f"scale or zero point of {each.label} is computed at run time"
+        if each.block_size:
+            return f"{each.label} has a scale for each block: only whole tensors and channels are stripped"
+    if quantizer is not None and quantizer.quantizes:
+        if quantizer.axis != dequantizer.axis and not (quantizer.is_per_tensor and dequantizer.is_per_tensor):
+            return f"{quantizer.label} before it has scales along another axis"
+        given, returned = dtype_of(quantizer.data), dtype_of(dequantizer.output)
+        if given is not None and returned is not None and given != returned:
+            return f"it returns {returned}, and {quantizer.label} takes {given}"
+        return None
+    if not is_constant(dequantizer.data):
+        return f"{dequantizer.data.name}, which it reads, is computed in integers"
+    return None
+
+
+def _needs_no_activation(tensor: gs.Tensor, low: float | None) -> bool:
+    """Whether a tensor is a graph input, or never negative where that is all that a range from `low` sees to."""
+    if producer(tensor) is None:
+        return True
+    if low != 0:
+        return False
+    waiting, steps = [tensor], 0
+    while waiting:
+        node = producer(waiting.pop())
+        steps += 1
+        if node is None or steps > _MOST_STEPS:
+            return False
+        if node.op in NEVER_NEGATIVE or _clips_at_zero(node):
+            continue
+        if node.op in ("Add", "Mul", "Concat"):
+            waiting.extend(node.inputs)
+        elif node.op in _KEEP_SIGN or quantizer_of(node) is not None:
+            waiting.append(node.inputs[0])
+        else:
+            return False
+    return True
+
+
+def _clips_at_zero(node: gs.Node) -> bool:
+    if node.op != "Clip":
+        return False
+    low = constant_of(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else node.attrs.get("min")
+    return low is not None and float(np.asarray(low)) >= 0

@@ -1,0 +1,131 @@
+"""Which int8 islands a graph has, which are too small to pay, and what measuring them decides."""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from test_placement import CONV, graph_of
+from texts import model_of
+
+import graphopt
+from graphopt.autotune import tune
+from graphopt.errors import PipelineError
+from graphopt.islands import islands_of, too_small
+from graphopt.model_io import load_model
+from graphopt.placement import place
+from graphopt.runtime import optimized_ops
+from graphopt.targets import Costs
+from graphopt.targets.ort_cpu import ORT_CPU
+
+TWO_ISLANDS = f"c = {CONV}(x, w, b) t = Tanh(c) d = {CONV}(t, w, b) r = Relu(d) y = {CONV}(r, w, b)"
+COSTS = Costs(saved_ns_per_mac={"Conv": 0.01}, border_ns=1000, border_ns_per_element=0.0)
+
+
+def islands(body):
+    graph = graph_of(body)
+    return graph, islands_of(graph, place(graph, ORT_CPU))
+
+
+def test_a_float_operator_between_them_parts_two_islands():
+    _, found = islands(TWO_ISLANDS)
+    assert [[node.outputs[0].name for node in island.nodes] for island in found] == [["c"], ["d", "y"]]
+    assert [[tensor.name for tensor in island.borders] for island in found] == [["x", "c"], ["t", "y"]]
+
+
+def test_an_absorbed_activation_and_a_residual_join_an_island():
+    body = f"c = {CONV}(x, w, b) r = Relu(c) d = {CONV}(r, w, b) a = Add(d, x) s = Relu(a) y = {CONV}(s, w, b)"
+    assert len(islands(body)[1]) == 1
+
+
+def test_a_factor_joins_an_island():
+    graph = graph_of(f"c = {CONV}(x, w, b) m = Mul(c, k) y = {CONV}(m, w, b)", weights="float k = {2}")
+    assert len(islands_of(graph, place(graph, ORT_CPU))) == 1
+
+
+@pytest.mark.parametrize(("spent", "stays"), [(1000, False), (2_000_000, True)])
+def test_an_island_that_saves_less_than_its_conversions_cost_is_named(spent, stays):
+    graph, found = islands(TWO_ISLANDS)
+    costs = Costs(saved_ns_per_mac={"Conv": 1.0}, border_ns=spent, border_ns_per_element=0.0)
+    reasons = too_small(graph, place(graph, ORT_CPU), costs)
+    assert set(reasons) == ({id(node) for island in found for node in island.nodes} if stays else set())
+    assert all("MACs between float operators" in reason for reason in reasons.values())
+
+
+def test_the_sizes_of_the_inputs_decide_what_is_too_small():
+    graph, _ = islands(f"y = {CONV}(x, w, b)")
+    placement = place(graph, ORT_CPU)
+    assert too_small(graph, placement, COSTS, {"x": (1, 16, 8, 8)})
+    assert not too_small(graph, placement, COSTS, {"x": (64, 16, 8, 8)})
+
+
+def test_a_depthwise_conv_alone_saves_nothing():
+    graph = graph_of("y = Conv<pads=[1,1,1,1], group=16>(x, k, b)", weights="float[16,1,3,3] k")
+    assert too_small(graph, place(graph, ORT_CPU), COSTS, {"x": (1000, 16, 8, 8)})
+
+
+def test_small_islands_stay_float_with_the_reason_unless_asked_for():
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        small (float[1,16] x) => (float[1,4] y) <float[16,4] w> { y = Gemm(x, w) }
+    """
+    data = [{"x": np.ones((1, 16), np.float32)}]
+    result = graphopt.optimize(model_of(text), "calibrate,qdq", data=data)
+    (skip,) = result.report.passes[-1].skipped
+    assert "qdq:small_islands=true" in skip.reason
+    assert "QGemm" not in optimized_ops(result.model)
+    asked = graphopt.optimize(model_of(text), "calibrate,qdq:small_islands=true", data=data)
+    assert optimized_ops(asked.model)["QGemm"] == 1
+
+
+def test_autotune_leaves_what_is_slower_in_float_and_says_what_it_measured(monkeypatch):
+    _, found = islands(TWO_ISLANDS)
+    monkeypatch.setattr("graphopt.autotune.open_session", lambda model: model)
+    monkeypatch.setattr(
+        "graphopt.autotune.measure_latency",
+        lambda models, feed, **_: [{(): 2e-3, (0,): 1e-3, (1,): 3e-3, (0, 1): 1.5e-3}[each] for each in models],
+    )
+    tuned = tune(found, lambda left_out: tuple(sorted(left_out)), {})
+    assert tuned.reasons == {0: "measured: 1 ms without it, 2 ms with it"}
+    assert (tuned.float_seconds, tuned.seconds) == (1.5e-3, 1e-3)
+
+
+def test_autotune_keeps_the_float_graph_where_nothing_beats_it(monkeypatch):
+    _, found = islands(f"y = {CONV}(x, w, b)")
+    monkeypatch.setattr("graphopt.autotune.open_session", lambda model: model)
+    monkeypatch.setattr(
+        "graphopt.autotune.measure_latency", lambda models, feed, **_: [{(): 2e-3, (0,): 1e-3}[each] for each in models]
+    )
+    assert tune(found, lambda left_out: tuple(left_out), {}).reasons == {0: "measured: 1 ms in float, 2 ms in int8"}
+
+
+def test_autotune_measures_a_real_graph():
+    rng = np.random.default_rng(0)
+    x = gs.Variable("x", np.float32, [1, 512])
+    middle, y = gs.Variable("m", np.float32, [1, 512]), gs.Variable("y", np.float32, [1, 512])
+    weights = [gs.Constant(f"w{i}", rng.normal(size=(512, 512)).astype(np.float32)) for i in range(2)]
+    hidden = gs.Variable("h", np.float32, [1, 512])
+    nodes = [
+        gs.Node("MatMul", "first", inputs=[x, weights[0]], outputs=[middle]),
+        gs.Node("Tanh", "between", inputs=[middle], outputs=[hidden]),
+        gs.Node("MatMul", "second", inputs=[hidden, weights[1]], outputs=[y]),
+    ]
+    graph = gs.Graph(nodes, [x], [y], opset=17)
+    data = [{"x": rng.normal(size=(1, 512)).astype(np.float32)}]
+    result = graphopt.optimize(graph, "calibrate,qdq:autotune=true", data=data)
+    last = result.report.passes[-1]
+    operators = last.parts.get("operators", 0)
+    assert operators + len(last.skipped) == 2
+    assert all("measured" in skip.reason for skip in last.skipped)
+
+
+def test_autotune_is_refused_for_a_target_elsewhere():
+    model = load_model(
+        model_of(
+            """
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[1,16] x) => (float[1,16] y) <float[16,16] w> { y = MatMul(x, w) }
+        """
+        )
+    )
+    data = [{"x": np.ones((1, 16), np.float32)}]
+    with pytest.raises(PipelineError, match="runs elsewhere"):
+        graphopt.optimize(model.graph, "calibrate,qdq:autotune=true", data=data, target="tensorrt")

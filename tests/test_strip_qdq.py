@@ -1,0 +1,295 @@
+"""Q/DQ graphs of this and other tools, turned back into float ones."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from comparing import assert_equal_outputs, build, ops
+
+import graphopt
+from graphopt.cli import main
+from graphopt.model_io import load_model
+from graphopt.pass_base import Context
+from graphopt.passes import StripQdq
+from graphopt.passes.strip_qdq import Clips
+from graphopt.runtime import open_session
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+CALIBRATION = str(MODELS / "fashion_mnist_calibration.npz")
+
+CONSTANTS = {
+    "s": np.float32(0.05),
+    "t": np.float32(0.1),
+    "z": np.int8(0),
+    "low": np.int8(-128),
+    "high": np.int8(127),
+    "u0": np.uint8(0),
+    "u128": np.uint8(128),
+    "sc": np.linspace(0.1, 0.4, 4).astype(np.float32),
+    "sb": np.full((2, 4), 0.1, np.float32),
+    "w": np.arange(-32, 32).reshape(4, 4, 2, 2).astype(np.int8),
+    "wf": np.linspace(-1, 1, 64).reshape(4, 4, 2, 2).astype(np.float32),
+    "b": np.arange(4).astype(np.int32),
+    "six": np.float32(6),
+    "three": np.float32(3),
+    "zero": np.float32(0),
+}
+
+
+def model_with(body, opset=21, inputs="float[2,4,3,3] x", output="float[A,B,C,D] y"):
+    header = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>'
+    text = f"{header} g ({inputs}) => ({output}) {{ {body} }}"
+    model = build(text)
+    graphs = [model.graph, *(a.g for node in model.graph.node for a in node.attribute if a.HasField("g"))]
+    read = {name for graph in graphs for node in graph.node for name in node.input}
+    for name in CONSTANTS.keys() & read:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(CONSTANTS[name]), name))
+    return model
+
+
+def stripped(model, **options):
+    loaded = load_model(model)
+    result = StripQdq(**options).apply(loaded.graph, Context())
+    after = loaded.to_proto()
+    onnx.checker.check_model(after, full_check=True)
+    return after, result
+
+
+def assert_strips_to(body, float_body, tolerance=1e-6, **arguments):
+    after, result = stripped(model_with(body, **arguments))
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(after))
+    assert_equal_outputs(model_with(float_body, **arguments), after, tolerance=tolerance)
+    return after, result
+
+
+PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
+
+
+def test_a_pair_on_an_activation_goes():
+    after, result = assert_strips_to(f"{PAIR} y = Sigmoid(d)", "y = Sigmoid(x)")
+    assert list(ops(after)) == ["Sigmoid"]
+    assert result.parts["activations"] == 1
+
+
+def test_several_dequantizers_behind_one_quantizer_go():
+    body = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(q, s, z) y = Add(d, e)"
+    assert_strips_to(body, "y = Add(x, x)")
+
+
+def test_the_pair_of_a_graph_output_goes_and_the_output_keeps_its_name():
+    after, _ = assert_strips_to(
+        "c = Sigmoid(x) q = QuantizeLinear(c, s, z) y = DequantizeLinear(q, s, z)", "y = Sigmoid(x)"
+    )
+    assert list(ops(after)) == ["Sigmoid"]
+    after, _ = assert_strips_to("q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)", "y = Identity(x)")
+
+
+def test_stored_weights_become_what_they_stand_for():
+    after, _ = assert_strips_to(
+        "v = DequantizeLinear<axis=0>(w, sc) c = DequantizeLinear(b, s) y = Conv(x, v, c)",
+        "wc = Cast<to=1>(w) r = Constant<value_ints=[4,1,1,1]>() sr = Reshape(sc, r) v = Mul(wc, sr) "
+        "bc = Cast<to=1>(b) c = Mul(bc, s) y = Conv(x, v, c)",
+    )
+    assert list(ops(after)) == ["Conv"]
+
+
+def test_a_negative_axis_and_a_zero_point_are_read():
+    text = "wc = Cast<to=1>(w) k = Constant<value_float=128.0>() m = Add(wc, k) v = Mul(m, s) y = Conv(x, v)"
+    assert_strips_to("v = DequantizeLinear<axis=-4>(w, s, low) y = Conv(x, v)", text)
+
+
+def test_float_weights_behind_q_and_dq_stay_bit_for_bit():
+    after, result = assert_strips_to(
+        "q = QuantizeLinear<axis=0>(wf, sc) v = DequantizeLinear<axis=0>(q, sc) y = Conv(x, v)", "y = Conv(x, wf)"
+    )
+    (kept,) = [each for each in after.graph.initializer if each.name == "wf"]
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(kept), CONSTANTS["wf"])
+    assert result.parts["weights"] == 1
+
+
+def test_quantizers_of_onnxruntimes_own_domain_go_too():
+    body = "q = com.microsoft.QuantizeLinear(x, s, u128) d = com.microsoft.DequantizeLinear(q, s, u128) y = Sigmoid(d)"
+    loaded = load_model(model_with(body))
+    StripQdq().apply(loaded.graph, Context())
+    assert [node.op for node in loaded.graph.nodes] == ["Sigmoid"]
+
+
+@pytest.mark.parametrize("zero_point", ["low", "u0"])
+def test_a_quantizer_that_clips_at_zero_leaves_a_clip_of_its_range(zero_point):
+    body = f"n = Neg(x) q = QuantizeLinear(n, s, {zero_point}) d = DequantizeLinear(q, s, {zero_point}) y = Neg(d)"
+    assert_strips_to(body, "n = Neg(x) top = Constant<value_float=12.75>() c = Clip(n, zero, top) y = Neg(c)")
+    after, _ = stripped(model_with(body), clips=Clips.RELU)
+    assert_equal_outputs(model_with("n = Neg(x) r = Relu(n) y = Neg(r)"), after)
+    assert ops(after) == {"Neg": 2, "Relu": 1}
+
+
+def test_a_quantizer_that_clips_above_zero_leaves_a_clip():
+    body = "n = Neg(x) q = QuantizeLinear(n, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
+    expected = "n = Neg(x) least = Constant<value_float=-12.75>() c = Clip(n, least, zero) y = Neg(c)"
+    assert_strips_to(body, expected)
+    after, _ = stripped(model_with(body), clips=Clips.RELU)
+    assert_equal_outputs(model_with("n = Neg(x) c = Clip(n, , zero) y = Neg(c)"), after)
+
+
+def test_a_graph_input_stands_for_no_activation_function():
+    body = "q = QuantizeLinear(x, s, low) d = DequantizeLinear(q, s, low) y = Neg(d)"
+    assert_strips_to(body, "y = Neg(x)")
+
+
+@pytest.mark.parametrize("before", ["Relu(x)", "Sigmoid(x)", "Clip(x, zero, six)"])
+def test_no_relu_is_added_where_nothing_is_negative(before):
+    body = f"r = {before} q = QuantizeLinear(r, s, low) d = DequantizeLinear(q, s, low) y = Neg(d)"
+    _, result = assert_strips_to(body, f"r = {before} y = Neg(r)")
+    assert result.parts["clips kept"] == 0
+    moved = body.replace("q =", "p = MaxPool<kernel_shape=[2,2]>(r) q =").replace("(r, s", "(p, s")
+    assert stripped(model_with(moved))[1].parts["clips kept"] == 0
+
+
+def test_clips_can_all_go_or_all_stay():
+    body = "n = Neg(x) q = QuantizeLinear(n, s, low) d = DequantizeLinear(q, s, low) y = Neg(d)"
+    assert list(ops(stripped(model_with(body), clips=Clips.NONE)[0])) == ["Neg"]
+    after, _ = stripped(model_with(f"{PAIR} y = Neg(d)"), clips=Clips.ALL)
+    expected = "lo = Constant<value_float=-6.4>() hi = Constant<value_float=6.35>() c = Clip(x, lo, hi) y = Neg(c)"
+    assert_equal_outputs(model_with(expected), after)
+
+
+def test_the_clip_of_an_old_opset_has_attributes():
+    body = "n = Neg(x) q = QuantizeLinear(n, s, high) d = DequantizeLinear(q, s, high) y = Neg(d)"
+    after, _ = stripped(model_with(body, opset=10))
+    assert ops(after) == {"Clip": 1, "Neg": 2}
+
+
+def test_the_scales_of_hard_swish_stay_as_a_clip_and_a_factor():
+    constants = {"a": np.float32(6 / 255), "c": np.float32(1 / 255)}
+    model = model_with("p = Add(x, three) q = QuantizeLinear(p, a, u0) d = DequantizeLinear(q, c, u0) y = Mul(x, d)")
+    for name, value in constants.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    after, result = stripped(model)
+    assert result.parts["factors kept"] == 1
+    assert_equal_outputs(model_with("y = HardSwish(x)"), after, tolerance=1e-6)
+
+
+def test_different_zero_points_stay_as_a_shift():
+    body = "q = QuantizeLinear(x, t, z) d = DequantizeLinear(q, t, low) y = Sigmoid(d)"
+    assert_strips_to(body, "k = Constant<value_float=12.8>() a = Add(x, k) y = Sigmoid(a)", tolerance=1e-5)
+
+
+def test_a_pair_with_a_scale_for_each_channel_goes_unless_the_axes_differ():
+    body = "q = QuantizeLinear<axis=1>(x, sc) d = DequantizeLinear<axis=1>(q, sc) y = Sigmoid(d)"
+    assert_strips_to(body, "y = Sigmoid(x)")
+    other = model_with(
+        body.replace("d = DequantizeLinear<axis=1>", "d = DequantizeLinear<axis=2>"), inputs="float[2,4,4,3] x"
+    )
+    assert any("another axis" in skip.reason for skip in stripped(other)[1].skipped)
+
+
+def test_pairs_in_branches_go():
+    body = (
+        "keep = If(flag) <then_branch = g1 () => (a) { q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z) },"
+        " else_branch = g2 () => (e) { e = Neg(x) }> y = Sigmoid(keep)"
+    )
+    after, _ = stripped(model_with(body, inputs="float[2,4,3,3] x, bool flag"))
+    assert "QuantizeLinear" not in ops(after)
+    for flag, expected in ((True, "y = Sigmoid(x)"), (False, "n = Neg(x) y = Sigmoid(n)")):
+        x = np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)
+        found = open_session(after).run({"x": x, "flag": np.asarray(flag)})["y"]
+        wanted = open_session(model_with(expected)).run({"x": x})["y"]
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "m = ReduceMax<keepdims=0>(x) q = QuantizeLinear(x, m, z) d = DequantizeLinear(q, m, z) y = Neg(d)",
+            "run time",
+        ),
+        (
+            "q = QuantizeLinear(x, s, z) p = MaxPool<kernel_shape=[1,1]>(q) d = DequantizeLinear(p, s, z) y = Neg(d)",
+            "integers",
+        ),
+        ("q, qs, qz = DynamicQuantizeLinear(x) y = DequantizeLinear(q, qs, qz)", "itself"),
+        ("q = QuantizeLinear(x, s, z) i = Cast<to=6>(q) y = Cast<to=1>(i)", "computes with what it stores"),
+        (
+            "k = DequantizeLinear<axis=0, block_size=2>(w4, sb) r = ReduceSum<keepdims=0>(k) y = Add(x, r)",
+            "each block",
+        ),
+    ],
+)
+def test_what_is_no_plain_pair_is_left_alone_with_the_reason(body, reason):
+    model = model_with(body)
+    if "w4" in body:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 4), np.int8), "w4"))
+    after, result = stripped(model)
+    assert any(reason in skip.reason for skip in result.skipped), result.skipped
+    assert {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"} & set(ops(after))
+    assert_equal_outputs(model, after, tolerance=1e-6)
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def sqnr(reference, other):
+    return min(row.sqnr_db for row in graphopt.check(reference, other, data=CALIBRATION, samples=8).comparison.outputs)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-arm", "tensorrt"])
+def test_what_qdq_quantized_comes_back_within_the_rounding_of_weights(target, tmp_path):
+    folded = graphopt.optimize(MODELS / "fmnist_resnet.onnx", "fold", verify=False)
+    quantized = graphopt.optimize(
+        folded.model, "calibrate:method=minmax,qdq", data=CALIBRATION, samples=8, target=target, verify=False
+    )
+    quantized.save(tmp_path / "q.onnx")
+    out = tmp_path / "f.onnx"
+    assert main(["optimize", str(tmp_path / "q.onnx"), "--passes", "strip-qdq", "-o", str(out)]) == 0
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(onnx.load(out)))
+    if target == "tensorrt":  # float weights in the file
+        assert_equal_outputs(folded.model, onnx.load(out), feed=None)
+    assert sqnr(folded.model, out) > max(40, sqnr(folded.model, quantized.model))
+    before, after = conv_weights(folded.model), conv_weights(onnx.load(out))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        steps = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127
+        assert (np.abs(weight - after[name]) <= 0.501 * steps).all()
+
+
+def conv_weights(model):
+    """Weights by the name of their Conv."""
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    return {node.name: stored[node.input[1]] for node in model.graph.node if node.op_type == "Conv"}
+
+
+@pytest.mark.parametrize(
+    ("per_channel", "activation", "symmetric"),
+    [(True, "QUInt8", False), (True, "QInt8", True), (False, "QInt8", False)],
+)
+def test_what_onnxruntimes_tool_quantized_comes_back(per_channel, activation, symmetric, tmp_path):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    source = tmp_path / "folded.onnx"
+    graphopt.optimize(MODELS / "fmnist_resnet.onnx", "fold", verify=False).save(source)
+    images = np.load(CALIBRATION)
+    (name,) = images.files
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.feeds = iter([{name: images[name][:8]}])
+
+        def get_next(self):
+            return next(self.feeds, None)
+
+    other = tmp_path / "q.onnx"
+    quantization.quantize_static(
+        source,
+        other,
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=per_channel,
+        activation_type=getattr(quantization.QuantType, activation),
+        weight_type=quantization.QuantType.QInt8,
+        extra_options={"ActivationSymmetric": symmetric},
+    )
+    after, _ = stripped(onnx.load(other))
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(after))
+    assert sqnr(source, after) > max(40 if per_channel else 35, sqnr(source, other))
