@@ -7,6 +7,7 @@ from comparing import assert_equal_outputs, ops
 from cutting import cut_channels, joined, output_axis
 from onnx import checker
 from texts import model_of
+from zoo import zoo_feeds, zoo_model
 
 import graphopt
 from graphopt.errors import DataError, PipelineError
@@ -437,10 +438,19 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 @pytest.mark.slow
-def test_half_of_the_macs_of_a_residual_net_go_and_nine_in_ten_images_are_still_right():
+@pytest.mark.parametrize(("name", "share", "least"), [("fmnist_resnet", 0.5, 0.905), ("fmnist_mbv2", 0.7, 0.885)])
+def test_nets_without_a_part_of_their_macs_still_know_their_images(name, share, least):
     images = np.load(MODELS / "fashion_mnist_evaluation.npz")
-    result = graphopt.optimize(
-        MODELS / "fmnist_resnet.onnx", "fold,prune:macs=0.5,refit", data=MODELS / "fashion_mnist_calibration.npz"
-    )
+    passes = f"fold,prune:macs={share},refit:steps=refit"
+    result = graphopt.optimize(MODELS / f"{name}.onnx", passes, data=MODELS / "fashion_mnist_calibration.npz")
     scores = open_session(result.model).run({"input": images["input"]})["output"]
-    assert np.mean(scores.argmax(axis=1) == images["label"]) >= 0.9
+    assert np.mean(scores.argmax(axis=1) == images["label"]) >= least
+
+
+@pytest.mark.zoo
+def test_an_imagenet_net_without_a_fifth_of_its_macs_sees_three_photos_of_four_as_before():
+    model = zoo_model("efficientnet_lite0_bn")
+    passes = "fold,prune:macs=0.8:scope=global:importance=activation,refit:steps=refit"
+    result = graphopt.optimize(model, passes, data=zoo_feeds("efficientnet_lite0_bn", "calibration"))
+    check = graphopt.check(model, result.optimized, data=zoo_feeds("efficientnet_lite0_bn", "evaluation"))
+    assert check.comparison.outputs[0].agreement >= 0.75
