@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from graphopt.channels import ChannelGroups, find_groups
+from graphopt.channel_groups import ChannelGroups
+from graphopt.channels import find_groups
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.passes import Fold, FreezeInputs, Prune

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graphopt.channels import ChannelGroups, find_groups
+from graphopt.channel_groups import ChannelGroups
+from graphopt.channels import find_groups
 from graphopt.checking import Check, check_models
 from graphopt.cluster import ranges_of_shards
 from graphopt.data import DataSource, Shard, load_samples, refuse_limit

@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.channels import ChannelGroups, Group
+from graphopt.channel_groups import ChannelGroups, Group
 from graphopt.units import NONE
 
 Gone = NDArray[np.bool_]
@@ -29,11 +29,20 @@ class Limits:
 
     Attributes:
         round_to: the number of kept positions of a group is a multiple of it, or all stay.
+        adapts: groups that hold it less than twice take half of it, and so on: else they could not be cut.
         max_ratio: the largest share of a group that goes.
     """
 
     round_to: int = 1
     max_ratio: float = 0.9
+    adapts: bool = False
+
+    def step(self, group: Group) -> int:
+        """How many units of a group make up a multiple."""
+        multiple = self.round_to
+        while self.adapts and multiple % 2 == 0 and group.size < 2 * (multiple // math.gcd(multiple, group.width)):
+            multiple //= 2
+        return multiple // math.gcd(multiple, group.width)
 
 
 def factors_cut_elsewhere(groups: ChannelGroups, left_out: Mapping[str, str]) -> dict[str, str]:
@@ -94,7 +103,7 @@ def _threshold(eligible: list[Group], scores: NDArray[np.float64], ratio: float)
 
 def kept_count(group: Group, wanted: float, limits: Limits) -> int:
     """The number of units nearest to `wanted` that may be kept, at least one."""
-    step = limits.round_to // math.gcd(limits.round_to, group.width)
+    step = limits.step(group)
     least = max(1, math.ceil(group.size * (1 - limits.max_ratio) - 1e-9))
     keep = max(step, math.floor(wanted / step + 0.5) * step)
     while keep < least:
@@ -137,7 +146,7 @@ def given_back(
 
     def block(group: Group) -> NDArray[np.int64]:
         ordered = group.units[np.argsort(-scores[group.units], kind="stable")]
-        more = kept_count(group, kept[group.name] + limits.round_to // math.gcd(limits.round_to, group.width), limits)
+        more = kept_count(group, kept[group.name] + limits.step(group), limits)
         return ordered[kept[group.name] : more]
 
     waiting = [(group, units) for group in eligible if len(units := block(group))]

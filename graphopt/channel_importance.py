@@ -26,8 +26,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from graphopt.channel_flow import Linear
+from graphopt.channel_groups import ChannelGroups
 from graphopt.channel_statistics import ChannelStatistics
-from graphopt.channels import ChannelGroups
 from graphopt.graph import constant_of, constants_in
 from graphopt.units import NONE
 

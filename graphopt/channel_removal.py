@@ -13,8 +13,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from graphopt.channel_groups import ChannelGroups, Labels, kept_positions
 from graphopt.channel_moves import bounds_of, pads_of
-from graphopt.channels import ChannelGroups, Labels, kept_positions
 from graphopt.cut import Cut
 from graphopt.graph import (
     Names,

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from graphopt.channel_contractions import CONTRACTIONS
 from graphopt.channel_flow import Linear
+from graphopt.channel_groups import ChannelGroups, Labels
 from graphopt.channel_moves import MOVES
-from graphopt.channels import ChannelGroups, Labels
 from graphopt.graph import constant_of, has_input, present
 from graphopt.node_order import sorted_nodes
 from graphopt.units import NONE

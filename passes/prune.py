@@ -27,10 +27,11 @@ from graphopt.channel_choice import (
     least_important,
     within_budget,
 )
+from graphopt.channel_groups import ChannelGroups, Group
 from graphopt.channel_importance import Importance, Reduce, score_units
 from graphopt.channel_removal import composed, remove_units
 from graphopt.channel_statistics import ChannelStatistics, LastAxisStatistics
-from graphopt.channels import ChannelGroups, Group, find_groups
+from graphopt.channels import find_groups
 from graphopt.dead_channels import dead_units
 from graphopt.errors import PipelineError
 from graphopt.made_up import made_up_samples
@@ -61,7 +62,9 @@ class Prune(Pass):
     importance: Importance = field(default=Importance.L2, metadata={"help": "what tells how much a channel matters"})
     reduce: Reduce = field(default=Reduce.MEAN, metadata={"help": "how the members of a group are combined"})
     scope: Scope = field(default=Scope.LOCAL, metadata={"help": "the same share of each group, or the least of all"})
-    round_to: int = field(default=0, metadata={"help": "keep a multiple of it; 0: what the target likes"})
+    round_to: int = field(
+        default=0, metadata={"help": "keep a multiple of it; 0: what the target likes, less for small groups"}
+    )
     max_ratio: float = field(default=0.9, metadata={"help": "remove at most this share of a group"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns of groups to leave alone, such as *head*"})
     dead: bool = field(
@@ -189,7 +192,7 @@ class Prune(Pass):
         before: tuple[float, float],
         step: int,
     ) -> Gone:
-        limits = Limits(self.round_to or context.target.channel_multiple, self.max_ratio)
+        limits = Limits(self.round_to or context.target.channel_multiple, self.max_ratio, adapts=not self.round_to)
         kind, budget = next((name, value) for name in _BUDGETS if (value := getattr(self, name)) is not None)
 
         def choose(ratio: float) -> Gone:

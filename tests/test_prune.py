@@ -11,7 +11,8 @@ from comparing import assert_equal_outputs, constant
 from test_channels import NETS, SCORES, TAIL, Net, P, bn, bn_node, tail
 from zeroing import parameters, prune_and_compare
 
-from graphopt.channel_choice import Scope
+from graphopt.channel_choice import Limits, Scope
+from graphopt.channel_groups import Group
 from graphopt.channel_importance import Importance, Reduce
 from graphopt.errors import PipelineError
 from graphopt.feeds import Samples
@@ -106,8 +107,8 @@ def test_kept_channels_are_a_multiple(round_to, kept):
 
 
 def test_the_target_says_which_multiple_by_default():
-    assert channels(pruned(Prune(ratio=0.6), target=target_named("tensorrt"))) == (16, 8)
-    assert channels(pruned(Prune(ratio=0.6), target=target_named("ort-arm"))) == (12, 8)
+    assert channels(pruned(Prune(ratio=0.3), target=target_named("tensorrt"))) == (24, 16)
+    assert channels(pruned(Prune(ratio=0.3), target=target_named("ort-arm"))) == (16, 16)
 
 
 def test_a_group_loses_at_most_the_largest_ratio():
@@ -117,7 +118,7 @@ def test_a_group_loses_at_most_the_largest_ratio():
 def test_excluded_groups_stay_and_are_named():
     loaded = load_model(CHAIN.model())
     result = Prune(ratio=0.5, exclude=("a*",)).apply(loaded.graph, Context())
-    assert channels(loaded.to_proto()) == (32, 12)
+    assert channels(loaded.to_proto()) == (32, 16)
     assert ("a", "it is excluded by a*") in [tuple(skip) for skip in result.skipped]
 
 
@@ -135,7 +136,7 @@ def test_the_smallest_filters_go():
 @pytest.mark.parametrize("reduce", list(Reduce))
 def test_every_importance_cuts_a_valid_model(importance, reduce):
     result, _ = prune_and_compare(CHAIN.model(), Prune(ratio=0.5, importance=importance, reduce=reduce))
-    assert result.rewrites == 28
+    assert result.rewrites == 24
     assert bool(result.warnings) == importance.needs_data
 
 
@@ -273,4 +274,13 @@ def test_dead_channels_are_the_first_to_go():
 def test_the_pass_manager_verifies_and_keeps_what_prune_made():
     result = PassManager([Prune(ratio=0.5)]).run(CHAIN.model())
     assert result.report.passes[0].failure is None
-    assert result.report.passes[0].rewrites == 28
+    assert result.report.passes[0].rewrites == 24
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "step"), [(64, 1, 16), (32, 1, 16), (24, 1, 8), (8, 1, 4), (12, 32, 1), (16, 3, 8), (3, 1, 1)]
+)
+def test_small_groups_take_a_part_of_the_default_multiple(size, width, step):
+    group = Group("g", np.arange(size), (), width, 0, 0, None, None)
+    assert Limits(16, adapts=True).step(group) == step
+    assert Limits(7).step(group) == 7

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from graphopt.channels import ChannelGroups, Group
+from graphopt.channel_groups import ChannelGroups, Group
 
 _MEMBERS = 2
 

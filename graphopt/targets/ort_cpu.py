@@ -53,6 +53,7 @@ ORT_CPU = Target(
     activation=UINT8,
     weight=INT8_WEIGHT,
     runs_here=True,
+    channel_multiple=16,  # else convolutions leave the blocked layout (NCHWc), whose blocks are 8 or 16 channels
     rules=_RULES,
     absorbs_factors=True,
     costs=_COSTS,

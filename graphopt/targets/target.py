@@ -103,7 +103,7 @@ class Target:
     stores_int8_weights: bool = True
     saturates: bool = False
     runs_here: bool = False
-    channel_multiple: int = 4
+    channel_multiple: int = 8
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
     lint_rules: tuple[LintRule, ...] = ()
