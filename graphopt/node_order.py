@@ -25,7 +25,7 @@ def sorted_nodes(graph: gs.Graph) -> list[gs.Node]:
     nodes = list(graph.nodes)
     producers = {tensor.name: index for index, node in enumerate(nodes) for tensor in present(node.outputs)}
     edges = [
-        (producers[name], index) for index, node in enumerate(nodes) for name in _names_read(node) if name in producers
+        (producers[name], index) for index, node in enumerate(nodes) for name in names_read(node) if name in producers
     ]
     if all(producer < consumer for producer, consumer in edges):
         return nodes
@@ -39,12 +39,12 @@ def sorted_nodes(graph: gs.Graph) -> list[gs.Node]:
         raise ModelError(f"the nodes {names} need each other's outputs; the graph must have no cycle") from error
 
 
-def _names_read(node: gs.Node) -> Iterator[str]:
+def names_read(node: gs.Node) -> Iterator[str]:
     """Yield the tensors that a node reads, those that its branches and bodies take from outside included."""
     yield from (tensor.name for tensor in node.inputs)
     for body in bodies(node):
         own = {tensor.name for inner in body.nodes for tensor in inner.outputs}
         own.update(tensor.name for tensor in body.inputs)
-        read = (name for inner in body.nodes for name in _names_read(inner))
+        read = (name for inner in body.nodes for name in names_read(inner))
         yield from (name for name in read if name not in own)
         yield from (tensor.name for tensor in body.outputs if tensor.name not in own)

@@ -26,6 +26,7 @@ from graphopt.passes.merge_parallel_convs import MergeParallelConvs
 from graphopt.passes.merge_reshapes import MergeReshapes
 from graphopt.passes.merge_transposes import MergeTransposes
 from graphopt.passes.prune import Prune
+from graphopt.passes.refit import Refit
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
@@ -50,6 +51,7 @@ __all__ = [
     "MergeReshapes",
     "MergeTransposes",
     "Prune",
+    "Refit",
     "RemoveDeadNodes",
     "RemoveDefaultInputs",
     "RemoveIdentities",
@@ -59,7 +61,7 @@ __all__ = [
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Calibrate, InsertQdq, StripQdq)
+_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Refit, Calibrate, InsertQdq, StripQdq)
 
 
 @cache
