@@ -46,6 +46,7 @@ BETWEEN_CONVS = {
         "QLinearMul",
     ),
     "Pad": ("d = Pad(c, pads)", "Pad"),
+    "Pad along one axis": ("d = Pad(c, below)", "Concat"),
     "Pad by copies": ('d = Pad<mode="edge">(c, pads)', "Pad"),
     "DepthToSpace": ("e = Conv(c, wide) d = DepthToSpace<blocksize=2>(e)", "DepthToSpace"),
 }
@@ -58,6 +59,7 @@ def operators_after(body, weights=""):
         g (float[2,16,8,8] x) => (float[A,B,C,D] y)
         <float[16,16,3,3] w, float[16,16,3,3] v, float[64,16,1,1] wide, float[16,1,1] k, float zero = {{0}},
          float[16,16,1,1] narrow, float three = {{3}}, int64[8] pads = {{0,0,1,1,0,0,1,1}},
+         int64[8] below = {{0,0,0,0,0,0,2,0}},
          float six = {{6}}, bool flag = {{1}}, int64[4] swapped = {{0,0,4,16}}, float[4] ones = {{1,1,1,1}},
          int64[1] from = {{1}}, int64[1] to = {{7}}, int64[1] axes = {{2}} {weights}>
         {{ {body} }}"""

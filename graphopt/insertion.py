@@ -1,0 +1,235 @@
+"""Wire the quantizers of a placement into a graph: QuantizeLinear/DequantizeLinear pairs, integer weights.
+
+A graph output that carries a pair keeps its name, on the DQ. What a target's runtime runs on integers without fusing it
+is written between Q and DQ; a factor becomes the scale of a DQ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.graph import (
+    Names,
+    constant_of,
+    disconnect,
+    disconnect_all,
+    has_input,
+    integers_of,
+    is_output,
+    named_tensors,
+    nested_output_names,
+    producer,
+    replace_uses,
+    set_input,
+    set_output,
+)
+from graphopt.placement import Activation, Edge, Placement
+from graphopt.quantization import QuantParams, params_of_range, params_of_weight
+from graphopt.ranges import Ranges
+from graphopt.sizes import fixed_shape
+from graphopt.targets import Target
+
+
+class Insertion:
+    """Wires a placement's pairs into a graph."""
+
+    def __init__(self, graph: gs.Graph, target: Target, placement: Placement, ranges: Ranges) -> None:
+        self.graph = graph
+        self.target = target
+        self.placement = placement
+        self.ranges = ranges
+        self.names = Names(graph)
+        self.new_nodes: list[gs.Node] = []
+        self.nested_names = nested_output_names(graph)
+        self.stored: dict[int, gs.Variable] = {}  # by id of a tensor, its integers
+        self.replaced: set[int] = set()  # ids of nodes that others stand for now
+
+    def run(self) -> None:
+        """Change the graph."""
+        between = [(node, node.inputs[0], node.outputs[0]) for node in self.placement.on_integers]
+        dequantized: dict[tuple[int, int | None], gs.Variable] = {}
+        for edge, axis in self.placement.weights:
+            key = (id(edge.tensor), axis)
+            if key not in dequantized:
+                dequantized[key] = self._weight(edge, axis)
+            set_input(edge.node, edge.index, dequantized[key])
+        for edge in self.placement.operands:
+            set_input(edge.node, edge.index, self._operand(edge))
+        for edge in self.placement.biases:
+            self._flatten(edge)
+        for name, activation in self.placement.activations.items():
+            self._activation(activation, self.placement.readers[name])
+        for activation, before in self.placement.rescaled:
+            self._rescale(activation, before)
+        for node, value, result in between:
+            self._move_between(node, value, result)
+        self._remove_replaced()
+        self.graph.toposort()
+
+    def _flatten(self, edge: Edge) -> None:
+        """Make a bias of shape [1, N] a vector: onnxruntime fuses only those into int8 kernels."""
+        values = constant_of(edge.tensor)
+        assert values is not None
+        if values.ndim > 1:
+            name = self.names.fresh(f"{edge.tensor.name}_vector")
+            set_input(edge.node, edge.index, gs.Constant(name, values.reshape(-1)))
+
+    def _params(self, activation: Activation) -> QuantParams:
+        found = self.ranges.tensors[activation.source.name]
+        return params_of_range(found.minimum, found.maximum, self.target.activation).scaled(activation.factor)
+
+    def _activation(self, activation: Activation, readers: tuple[Edge, ...]) -> None:
+        tensor, params = activation.tensor, self._params(activation)
+        keeps_name = is_output(self.graph, tensor) or tensor.name in self.nested_names
+        if self.target.quantizes_outputs and keeps_name and producer(tensor) is not None:
+            self._named_output(tensor, params)
+            return
+        pair_output = gs.Variable(self.names.fresh(f"{tensor.name}_dequantized"), tensor.dtype, tensor.shape)
+        if self.target.quantizes_outputs:
+            replace_uses(tensor, pair_output)
+        else:
+            for edge in readers:
+                set_input(edge.node, edge.index, pair_output)
+        self.stored[id(tensor)] = self._pair(tensor, pair_output, params)
+
+    def _rescale(self, activation: Activation, before: gs.Tensor) -> None:
+        """Read the integers of `before` with the scale of `activation`, in place of the operator between them."""
+        stored = self.stored[id(before)]
+        self.stored[id(activation.tensor)] = stored
+        node = producer(activation.tensor)
+        assert node is not None
+        disconnect(node)  # the DQ takes its output over, name and all
+        self.replaced.add(id(node))
+        params = self._params(activation)
+        constants = self._constants(activation.tensor.name, params)
+        self._add("DequantizeLinear", activation.tensor, [stored, *constants], activation.tensor, {})
+
+    def _move_between(self, node: gs.Node, value: gs.Tensor, result: gs.Tensor) -> None:
+        """Let an operator that reads `value` and computes `result` work on their integers."""
+        stored, output = self.stored[id(value)], self.stored[id(result)]
+        quantize = producer(output)
+        assert quantize is not None
+        zero_point = quantize.inputs[2]
+        disconnect(quantize)
+        self.replaced.add(id(quantize))
+        set_output(node, 0, output)
+        set_input(node, 0, stored)
+        if (border := _border(node, value)) is not None:
+            self._concatenate(node, border, zero_point)
+        elif len(node.inputs) > 2:
+            set_input(node, 2, zero_point)
+        elif node.attrs.get("mode", "constant") == "constant":
+            node.inputs.append(zero_point)
+
+    def _concatenate(self, node: gs.Node, border: _Border, zero_point: gs.Constant) -> None:
+        """Make a Pad along one axis a Concat with what it adds: onnxruntime copies larger pieces then."""
+        (stored, *_), (output,) = node.inputs, node.outputs
+        filled = [
+            gs.Constant(self.names.fresh(f"{output.name}_border"), np.full(shape, zero_point.values))
+            for shape in (border.before, border.after)
+        ]
+        disconnect(node)
+        node.op = "Concat"
+        node.attrs.clear()
+        node.attrs["axis"] = border.axis
+        node.inputs.extend(each for each in (filled[0], stored, filled[1]) if each is stored or each.values.size)
+        node.outputs.append(output)
+
+    def _remove_replaced(self) -> None:
+        """Take out what others stand for now, and each DQ that only they read."""
+        named = named_tensors(self.graph)
+        unread = [
+            node
+            for node in self.new_nodes
+            if node.op == "DequantizeLinear" and not node.outputs[0].outputs and id(node.outputs[0]) not in named
+        ]
+        disconnect_all(unread)
+        gone = self.replaced | {id(node) for node in unread}
+        self.graph.nodes[:] = [node for node in (*self.graph.nodes, *self.new_nodes) if id(node) not in gone]
+
+    def _named_output(self, tensor: gs.Tensor, params: QuantParams) -> None:
+        """Put a pair before a tensor whose name must stay: a new tensor takes its place at the producer."""
+        node = producer(tensor)
+        assert node is not None
+        index = next(index for index, output in enumerate(node.outputs) if output is tensor)
+        before = gs.Variable(self.names.fresh(f"{tensor.name}_float"), tensor.dtype, tensor.shape)
+        node.outputs[index] = before
+        self.stored[id(tensor)] = self._pair(before, tensor, params)
+
+    def _pair(self, tensor: gs.Tensor, output: gs.Tensor, params: QuantParams) -> gs.Variable:
+        """Add tensor -> Q -> DQ -> output; return the integers between them."""
+        constants = self._constants(tensor.name, params)
+        stored = gs.Variable(self.names.fresh(f"{tensor.name}_quantized"), params.quant_type.dtype, tensor.shape)
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        self._add("QuantizeLinear", tensor, [tensor, *constants], stored, attributes)
+        self._add("DequantizeLinear", tensor, [stored, *constants], output, attributes)
+        return stored
+
+    def _weight(self, edge: Edge, axis: int | None) -> gs.Variable:
+        weight = edge.tensor
+        values = constant_of(weight)
+        assert values is not None
+        fits = self.target.saturates and not _is_depthwise(edge.node)
+        params = params_of_weight(values, axis, self.target.weight, pairs_fit_16_bits=fits)
+        return self._constant_pair(weight, params)
+
+    def _operand(self, edge: Edge) -> gs.Variable:
+        """A constant that meets activations: quantized as they are, over its own range."""
+        values = constant_of(edge.tensor)
+        assert values is not None
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        return self._constant_pair(edge.tensor, params_of_range(low, high, self.target.activation))
+
+    def _constant_pair(self, constant: gs.Tensor, params: QuantParams) -> gs.Variable:
+        output = gs.Variable(self.names.fresh(f"{constant.name}_dequantized"), np.dtype(np.float32), constant.shape)
+        if not self.target.stores_int8_weights:
+            self._pair(constant, output, params)
+            return output
+        values = constant_of(constant)
+        assert values is not None
+        stored = gs.Constant(self.names.fresh(f"{constant.name}_quantized"), params.quantize(values))
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        self._add("DequantizeLinear", constant, [stored, *self._constants(constant.name, params)], output, attributes)
+        return output
+
+    def _constants(self, name: str, params: QuantParams) -> list[gs.Constant]:
+        scale = gs.Constant(self.names.fresh(f"{name}_scale"), params.scale)
+        zero_point = gs.Constant(self.names.fresh(f"{name}_zero_point"), params.zero_point)
+        return [scale, zero_point]
+
+    def _add(
+        self, op: str, about: gs.Tensor, inputs: list[gs.Tensor], output: gs.Tensor, attributes: dict[str, int]
+    ) -> None:
+        name = self.names.fresh(f"{about.name}_{op}")
+        self.new_nodes.append(gs.Node(op, name, attributes, inputs, [output]))
+
+
+class _Border(NamedTuple):
+    """What a Pad adds along its one axis, as shapes."""
+
+    axis: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def _border(node: gs.Node, value: gs.Tensor) -> _Border | None:
+    """The border of a Pad that adds the zero point along one axis of a tensor of known sizes; else None."""
+    shape, pads = fixed_shape(value), integers_of(node, 1)
+    if node.attrs.get("mode", "constant") != "constant" or shape is None or pads is None or has_input(node, 3):
+        return None
+    before, after = pads[: len(shape)], pads[len(shape) :]
+    axes = [axis for axis in range(len(shape)) if before[axis] or after[axis]]
+    if len(axes) != 1 or min(pads) < 0 or math.prod(shape) == 0:
+        return None
+    (axis,) = axes
+    sizes = [(*shape[:axis], length, *shape[axis + 1 :]) for length in (before[axis], after[axis])]
+    return _Border(axis, *sizes)
+
+
+def _is_depthwise(node: gs.Node) -> bool:
+    """Whether each output channel of a Conv reads one input channel of several: kernels of their own sum those."""
+    return node.op == "Conv" and bool(node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1)
