@@ -199,14 +199,14 @@ class _Placing:
         return f"{channels_in} channels in and {channels_out} out: under {least}, int8 is no faster"
 
     def _skip_nested(self) -> None:
-        """Operators inside branches and bodies cannot be calibrated: their tensors cannot become outputs."""
+        """Operators inside branches and bodies: those of Ifs can be calibrated, but no pairs are placed there yet."""
         for body in all_graphs(self.graph):
             if body is self.graph:
                 continue
             for node in body.nodes:
                 rule = self._rule(node)
                 if rule is not None and rule.role is Role.GAINS:
-                    reason = "it is inside a branch or a body, where its tensors cannot be observed"
+                    reason = "it is inside a branch or a body, where no pairs are placed yet"
                     self.skipped.append(Skip(node_label(node), reason))
 
     def _join_neighbours(self) -> None:
