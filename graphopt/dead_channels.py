@@ -3,7 +3,8 @@
     y = sum over c of W[c] x[c]         c may go where W[c] = 0 or x[c] = 0 for every input
 
 Zeros come from rows of weights with a zero bias, as training with a penalty on whole channels leaves them, and pass
-through operators that keep zeros. What is zero only on the data seen is none: this holds for every input.
+through operators that keep zeros; constant and duplicate channels become such (`graphopt.absorption`). What is zero
+only on the data seen is none: this holds for every input.
 """
 
 from __future__ import annotations
@@ -83,9 +84,15 @@ def _add_read(
         counts = _carried(axes, groups.count) & ~zero.get(tensor.name, np.zeros(groups.count, bool))
         if linear is not None and linear.data == tensor.name:
             counts &= ~_multiplied_by_zero(node, linear, groups)
-        if node.op.startswith("Reduce"):  # of what it passes on, a reader behind it decides
+        if node.op.startswith("Reduce") or _is_depthwise(node):  # of what it passes on, a reader behind it decides
             counts &= ~_carried(groups.axes.get(node.outputs[0].name, ()), groups.count)
         read |= counts
+
+
+def _is_depthwise(node: gs.Node) -> bool:
+    """Whether each output channel reads one input channel, so that the two go together."""
+    weight = constant_of(node.inputs[1]) if node.op == "Conv" and not node.domain else None
+    return weight is not None and node.attrs.get("group", 1) > 1 and weight.shape[1] == 1
 
 
 _WITH_ONE_WEIGHT = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})

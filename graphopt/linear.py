@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from graphopt.affine import Affine, Channels, why_not_constant
 from graphopt.dequantized import Dequantized, dequantized, rescaled, why_not_rescaled
@@ -117,14 +118,37 @@ class Linear:
     def before(self, affine: Affine) -> LinearWeights:
         """Return the weights with which it does what `affine`, along its input channels, does before it."""
         scale, shift = affine.over(self.input_channels)
-        bias = self._bias()
-        if shift.any():
-            weight = _channels_first(self.node, _known(self.node.inputs[1]))
-            taps = weight.sum(axis=tuple(range(3, weight.ndim)), dtype=np.float64)  # [groups, out/group, in/group]
-            added = (taps @ shift.reshape(self._groups, -1, 1)).reshape(-1)
-            bias = bias + added * self.node.attrs.get("alpha", 1.0)
         factors = scale.reshape(self._groups, 1, -1, *[1] * self._taps)
-        return self._new(self._scaled(factors, scale), bias)
+        return self._new(self._scaled(factors, scale), self.of_constants(shift) if shift.any() else self._bias())
+
+    def of_constants(self, values: Channels) -> Channels:
+        """Return what it computes, bias included, of input channels that are `values` in every place, unpadded."""
+        weight = self.channels_first()
+        taps = weight.sum(axis=tuple(range(3, weight.ndim)), dtype=np.float64)  # [groups, out/group, in/group]
+        added = (taps @ values.reshape(self._groups, -1, 1)).reshape(-1)
+        return np.asarray(self._bias() + added * self.node.attrs.get("alpha", 1.0))
+
+    def channels_first(self) -> Array:
+        """Return its weight as [groups, output channels / group, input channels / group, taps ...], not to write to."""
+        return _channels_first(self.node, _known(self.node.inputs[1]))
+
+    def merged(self, weights: LinearWeights, sources: NDArray[np.int64]) -> LinearWeights:
+        """Return weights with which it reads channel `sources[c]` in place of each input channel c.
+
+        Args:
+            weights: to start from, of this operator; neither quantized nor in groups.
+            sources: for each input channel the one that equals it, which is its own source.
+        """
+        if isinstance(weights.weight, Dequantized) or self._groups > 1:
+            raise ValueError(f"{self.label} is quantized or has groups")
+        result = weights.weight.copy()
+        view = _channels_first(self.node, result)[0]
+        moved = np.flatnonzero(sources != np.arange(len(sources)))
+        with np.errstate(over="ignore"):  # `finite` tells
+            for source in np.unique(sources[moved]):
+                view[:, source] = view[:, sources == source].sum(axis=1, dtype=np.float64)
+        view[:, moved] = 0
+        return LinearWeights(result, weights.bias)
 
     @property
     def _is_convolution(self) -> bool:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.absorption import absorb
 from graphopt.channel_choice import (
     Gone,
     Limits,
@@ -68,7 +69,10 @@ class Prune(Pass):
     max_ratio: float = field(default=0.9, metadata={"help": "remove at most this share of a group"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns of groups to leave alone, such as *head*"})
     dead: bool = field(
-        default=False, metadata={"help": "channels that are zero, or read with zeros, first; alone: only those"}
+        default=False,
+        metadata={
+            "help": "channels that are constant, read with zeros or equal to another one first; alone: only those"
+        },
     )
     steps: int = field(default=1, metadata={"help": "remove in so many steps, measuring importance anew before each"})
     seed: int = field(default=0, metadata={"help": "for random importance"})
@@ -107,6 +111,14 @@ class Prune(Pass):
             left_out = self._left_out(groups)
             if step == 1:
                 skipped = tuple(Skip(name, reason) for name, reason in left_out.items())
+            if self.dead and step == 1:
+                found = absorb(graph, groups, eligible_groups(groups, left_out), context.defaults)
+                skipped += found.skipped
+                kinds = {"constant": found.constant, "duplicate": found.duplicate}
+                parts.update({name: number for name, number in kinds.items() if number})
+                if parts:
+                    groups = find_groups(graph)
+                    left_out = self._left_out(groups)
             nothing: Gone = np.zeros(groups.count, bool)
             costs = groups.cost("macs", nothing), groups.cost("params", nothing)
             before = before or costs
@@ -135,7 +147,8 @@ class Prune(Pass):
             context.cut = cut
             infer_shapes(graph)
         notes = () if before is None or not removed else (_summary(before, after),)
-        return PassResult(rewrites=removed, parts=parts, skipped=skipped, notes=notes, warnings=warnings)
+        absorbed = parts.get("constant", 0) + parts.get("duplicate", 0)  # where no budget asked for them to go
+        return PassResult(rewrites=removed or absorbed, parts=parts, skipped=skipped, notes=notes, warnings=warnings)
 
     def _left_out(self, groups: ChannelGroups) -> dict[str, str]:
         """The groups that are left alone, with the reason."""
