@@ -45,6 +45,8 @@ _KEEPS_ZERO = frozenset(
 )
 """Zero in every input that carries a unit gives zero in the output."""
 
+_MIXING = frozenset({"LpNormalization"})  # divides by a norm: zeros change nothing, other values do
+
 _JOINS = frozenset({"Add", "Concat", "Sub", "Sum"})
 
 
@@ -59,7 +61,7 @@ def dead_units(graph: gs.Graph, groups: ChannelGroups) -> Mask:
     zero: dict[str, Mask] = {}
     read: Mask = np.zeros(groups.count, bool)
     for node in sorted_nodes(graph):
-        if node.op in CONTRACTIONS or node.op.startswith("Reduce"):
+        if node.op in CONTRACTIONS or node.op in _MIXING or node.op.startswith("Reduce"):
             _add_read(node, groups, linears, zero, read)
         for tensor in present(node.outputs):
             axes = groups.axes.get(tensor.name)

@@ -284,3 +284,15 @@ def test_small_groups_take_a_part_of_the_default_multiple(size, width, step):
     group = Group("g", np.arange(size), (), width, 0, 0, None, None)
     assert Limits(16, adapts=True).step(group) == step
     assert Limits(7).step(group) == 7
+
+
+def test_channels_that_a_norm_counts_stay_although_their_readers_multiply_them_by_zero():
+    nodes = f"a = Conv{P}(x, w1, b1) n = LpNormalization<axis=1>(a) last = Conv{P}(n, w2) {TAIL}"
+    model = Net(SCORES, nodes, {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (8, 16, 3, 3), **tail(8)}).model()
+    for tensor in model.graph.initializer:
+        if tensor.name == "w2":
+            value = onnx.numpy_helper.to_array(tensor).copy()
+            value[:, 3] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    loaded = load_model(model)
+    assert Prune(dead=True).apply(loaded.graph, Context()).rewrites == 0
