@@ -1,0 +1,83 @@
+"""Random graphs, quantized for each target, stay close to the float ones: with kernels and in exact arithmetic."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from texts import model_of
+
+from graphopt.data import load_samples
+from graphopt.model_io import load_model
+from graphopt.pass_base import Context
+from graphopt.passes import Calibrate, InsertQdq
+from graphopt.runtime import open_session
+from graphopt.targets import target_named
+
+CONV = "Conv<pads=[1,1,1,1]>"
+STEPS = {
+    "conv": f"{{out}} = {CONV}({{x}}, w)",
+    "conv and relu": f"{{out}}c = {CONV}({{x}}, w) {{out}} = Relu({{out}}c)",
+    "factor": "{out} = Mul({x}, two)",
+    "quotient": "{out} = Div({x}, two)",
+    "negative factor": "{out} = Mul(minus, {x})",
+    "hard-swish": "{out} = HardSwish({x})",
+    "hard-swish, written out": (
+        "{out}s = Add({x}, three) {out}r = Clip({out}s, zero, six) {out}m = Mul({x}, {out}r) {out} = Div({out}m, six)"
+    ),
+    "hard-sigmoid": "{out} = HardSigmoid({x})",
+    "pad and pool": "{out}p = Pad({x}, pads) {out} = MaxPool<kernel_shape=[3,3]>({out}p)",
+    "pad one axis": "{out}p = Pad({x}, below) {out} = Slice({out}p, start, end, axes)",
+    "residual": f"{{out}}c = {CONV}({{x}}, w) {{out}} = Add({{out}}c, {{x}})",
+    "sigmoid": "{out}s = Sigmoid({x}) {out} = Mul({x}, {out}s)",
+    "float": "{out} = Tanh({x})",
+}
+
+
+def model_with(steps, outputs):
+    """Steps one after the other; the results at the given places are graph outputs too."""
+    lines, last = [], "x"
+    for index, step in enumerate(steps):
+        lines.append(STEPS[step].format(x=last, out=f"t{index}"))
+        last = f"t{index}"
+    names = dict.fromkeys([*(f"t{index}" for index in sorted(outputs)), last])
+    model = model_of(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[2,8,6,6] x) => ({", ".join(f"float[2,8,6,6] {name}" for name in names)})
+        <float two = {{2}}, float minus = {{-0.7}}, float zero = {{0}}, float three = {{3}}, float six = {{6}},
+         float[8,8,3,3] w, int64[8] pads = {{0,0,1,1,0,0,1,1}}, int64[8] below = {{0,0,0,0,0,0,2,0}},
+         int64[1] start = {{0}}, int64[1] end = {{6}}, int64[1] axes = {{2}}>
+        {{ {" ".join(lines)} }}""")
+    return model
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),
+    places=st.sets(st.integers(0, 5), max_size=2),
+    target=st.sampled_from(["ort-cpu", "tensorrt"]),
+)
+def test_a_quantized_graph_stays_close_to_the_float_one(steps, places, target):
+    check(steps, {place for place in places if place < len(steps)}, target)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
+def test_a_factor_that_is_a_graph_output_keeps_its_name(target):
+    check(["conv", "factor", "conv"], {1}, target)
+
+
+def check(steps, places, target):
+    model = model_with(steps, places)
+    feed = {"x": np.random.default_rng(0).normal(size=(2, 8, 6, 6)).astype(np.float32)}
+    expected = open_session(model).run(feed)
+    loaded = load_model(model)
+    context = Context(target=target_named(target))
+    context.samples = load_samples([feed], open_session(model).inputs)
+    Calibrate().apply(loaded.graph, context)
+    InsertQdq(small_islands=True).apply(loaded.graph, context)
+    quantized = loaded.to_proto()
+    for optimize in (True, False):
+        found = open_session(quantized, optimize=optimize).run(feed)
+        assert list(found) == list(expected)
+        for name, values in expected.items():
+            noise = float(((values - found[name]) ** 2).mean())
+            assert noise <= 0.02 * float((values**2).mean()) + 1e-6, (name, steps, optimize)
