@@ -40,14 +40,13 @@ def model_with(steps, outputs):
         lines.append(STEPS[step].format(x=last, out=f"t{index}"))
         last = f"t{index}"
     names = dict.fromkeys([*(f"t{index}" for index in sorted(outputs)), last])
-    model = model_of(f"""
+    return model_of(f"""
         <ir_version: 8, opset_import: ["" : 17]>
         net (float[2,8,6,6] x) => ({", ".join(f"float[2,8,6,6] {name}" for name in names)})
         <float two = {{2}}, float minus = {{-0.7}}, float zero = {{0}}, float three = {{3}}, float six = {{6}},
          float[8,8,3,3] w, int64[8] pads = {{0,0,1,1,0,0,1,1}}, int64[8] below = {{0,0,0,0,0,0,2,0}},
          int64[1] start = {{0}}, int64[1] end = {{6}}, int64[1] axes = {{2}}>
         {{ {" ".join(lines)} }}""")
-    return model
 
 
 @settings(deadline=None, max_examples=60)
