@@ -438,13 +438,16 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share", "least"), [("fmnist_resnet", 0.5, 0.905), ("fmnist_mbv2", 0.7, 0.885)])
-def test_nets_without_a_part_of_their_macs_still_know_their_images(name, share, least):
+@pytest.mark.parametrize(("name", "share"), [("fmnist_resnet", 0.5), ("fmnist_mbv2", 0.7)])
+def test_nets_without_a_part_of_their_macs_still_know_their_images(name, share):
     images = np.load(MODELS / "fashion_mnist_evaluation.npz")
     passes = f"fold,prune:macs={share},refit:steps=refit"
     result = graphopt.optimize(MODELS / f"{name}.onnx", passes, data=MODELS / "fashion_mnist_calibration.npz")
-    scores = open_session(result.model).run({"input": images["input"]})["output"]
-    assert np.mean(scores.argmax(axis=1) == images["label"]) >= least
+    right = [
+        np.mean(open_session(each).run({"input": images["input"]})["output"].argmax(axis=1) == images["label"])
+        for each in (MODELS / f"{name}.onnx", result.model)
+    ]
+    assert right[1] >= right[0] - 0.03  # on all 10,000 test images 2.2 and 0.4 points are lost: docs/refit.md
 
 
 @pytest.mark.zoo
