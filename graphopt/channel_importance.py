@@ -10,6 +10,7 @@ reads there, the score of a unit adds up over the positions that go with it:
                  2312.11983)
     wanda        ||W[p]|| * ||x[p]||, root mean square, over the readers  (arXiv 2306.11695, by channels)
     fpgm         sum of distances to the other filters: what is near the others can be spared  (arXiv 1811.00250)
+    taylor       how much the outputs move, to first order (`graphopt.channel_sensitivity`)
     random       the baseline that any other must beat
 
 Scores of a group are divided by their mean, so that groups can be compared with each other.
@@ -44,12 +45,13 @@ class Importance(Enum):
     ACTIVATION = "activation"
     WANDA = "wanda"
     FPGM = "fpgm"
+    TAYLOR = "taylor"
     RANDOM = "random"
 
     @property
     def needs_data(self) -> bool:
         """Whether it depends on what tensors hold."""
-        return self in (Importance.ACTIVATION, Importance.WANDA)
+        return self in (Importance.ACTIVATION, Importance.WANDA, Importance.TAYLOR)
 
 
 class Reduce(Enum):
@@ -86,14 +88,19 @@ def score_units(
         value = constant_of(weights[linear.weight]) if linear.weight in weights else None
         if value is not None and value.dtype.kind == "f":
             found += _of_linear(value.astype(np.float64), linear, groups, importance, statistics)
-    of_unit = _group_of_unit(groups)
     if not importance.needs_data:
+        of_unit = _group_of_unit(groups)
         found = [_relative(each, of_unit) for each in found]
     scores = _reduced(found, groups.count, reduce)
     if importance is Importance.BN_SCALE:
         scales = _reduced(_scales(graph, groups), groups.count, reduce)
         scores = np.where(np.isnan(scales), scores, scales)
-    return _relative(Share(np.arange(groups.count), np.nan_to_num(scores)), of_unit).values
+    return within_groups(scores, groups)
+
+
+def within_groups(scores: Scores, groups: ChannelGroups) -> Scores:
+    """Scores of units, float64 [groups.count], divided by their mean over each group."""
+    return _relative(Share(np.arange(groups.count), np.nan_to_num(scores)), _group_of_unit(groups)).values
 
 
 class Share(NamedTuple):

@@ -29,12 +29,14 @@ from graphopt.channel_choice import (
     within_budget,
 )
 from graphopt.channel_groups import ChannelGroups, Group
-from graphopt.channel_importance import Importance, Reduce, score_units
+from graphopt.channel_importance import Importance, Reduce, Scores, score_units, within_groups
 from graphopt.channel_removal import composed, remove_units
+from graphopt.channel_sensitivity import sensitivities
 from graphopt.channel_statistics import ChannelStatistics, LastAxisStatistics
 from graphopt.channels import find_groups
 from graphopt.dead_channels import dead_units
 from graphopt.errors import PipelineError
+from graphopt.feeds import Samples
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.observe import observe
@@ -126,8 +128,7 @@ class Prune(Pass):
             eligible = eligible_groups(groups, left_out)
             if not eligible:
                 break
-            statistics, warnings = self._statistics(graph, groups, context)
-            scores = score_units(graph, groups, self.importance, self.reduce, statistics, self.seed)
+            scores, warnings = self._scores(graph, groups, context)
             dead = dead_units(graph, groups) if self.dead else nothing
             scores = np.where(dead, -1.0, scores)
             if any(getattr(self, name) is not None for name in _BUDGETS):
@@ -161,17 +162,25 @@ class Prune(Pass):
             left.setdefault(name, reason)
         return left
 
-    def _statistics(
-        self, graph: gs.Graph, groups: ChannelGroups, context: Context
-    ) -> tuple[dict[str, ChannelStatistics], tuple[str, ...]]:
+    def _scores(self, graph: gs.Graph, groups: ChannelGroups, context: Context) -> tuple[Scores, tuple[str, ...]]:
+        """The importance of every unit, and what is to be said of the data that it was measured on."""
         if not self.importance.needs_data:
-            return {}, ()
+            return score_units(graph, groups, self.importance, self.reduce, {}, self.seed), ()
         model = Model(graph, context.frame)
         warnings: tuple[str, ...] = ()
         samples = context.samples
         if samples is None:
             samples = made_up_samples(open_session(model), seed=context.seed)
             warnings = (f"importance {self.importance.value} was measured on made-up inputs: give --data",)
+        if self.importance is Importance.TAYLOR:
+            return within_groups(sensitivities(model, groups, samples, progress=context.progress), groups), warnings
+        statistics = self._statistics(graph, groups, model, samples, context)
+        return score_units(graph, groups, self.importance, self.reduce, statistics, self.seed), warnings
+
+    def _statistics(
+        self, graph: gs.Graph, groups: ChannelGroups, model: Model, samples: Samples, context: Context
+    ) -> dict[str, ChannelStatistics]:
+        """Mean and variance of the channels that linear operators read."""
         found: dict[str, ChannelStatistics] = {}
         ranks = {tensor.name: len(tensor.shape) for node in graph.nodes for tensor in node.inputs if tensor.shape}
         for kind in (ChannelStatistics, LastAxisStatistics):
@@ -193,7 +202,7 @@ class Prune(Pass):
                     memory_budget=context.memory_budget,
                 )
                 found |= seen.statistics
-        return found, warnings
+        return found
 
     def _choose(
         self,
