@@ -79,6 +79,7 @@ class ChannelGroups:
         params: elements of each constant of floating-point type.
         linears: linear operators with a constant weight.
         scales: uses that scale channels: the scale of BatchNormalization.
+        nested: labels of linear operators in branches and bodies, where channels are not followed.
     """
 
     groups: tuple[Group, ...]
@@ -89,6 +90,7 @@ class ChannelGroups:
     params: tuple[Cost, ...]
     linears: tuple[Linear, ...]
     scales: tuple[Use, ...]
+    nested: tuple[str, ...] = ()
 
     def cost(self, kind: str, gone: NDArray[np.bool_]) -> float:
         """The "macs" or "params" of the graph without the units that are `gone`, bool [count]."""

@@ -14,6 +14,8 @@ weights, whose sizes are known, so what is found holds for all input sizes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_graphsurgeon as gs
 
 from graphopt.channel_alignments import ALIGNMENTS
@@ -53,7 +55,9 @@ def find_groups(graph: gs.Graph) -> ChannelGroups:
         for axis in flow.axes.get(id(tensor), ()):
             flow.units.freeze(axis, f"it is the graph output {tensor.name}")
     _hold_what_bodies_read(flow, graph)
-    return Gathering(flow, graph, nodes).result()
+    nested = (node for each in all_graphs(graph) if each is not graph for node in each.nodes)
+    linear = tuple(label_of(node) for node in nested if node.op in CONTRACTIONS and not node.domain)
+    return replace(Gathering(flow, graph, nodes).result(), nested=linear)
 
 
 def _shapes(sized: gs.Graph) -> dict[str, Shape | None]:

@@ -46,6 +46,7 @@ from graphopt.shapes import infer_shapes
 
 _BUDGETS = ("ratio", "macs", "params", "latency")
 _LATENCY_TRIES = 6
+_NESTED = "it is in a branch or a body, where channels are not followed"
 _ONE_BUDGET = f"prune needs exactly one of {', '.join(_BUDGETS)}, such as prune:macs=0.7, or dead=true"
 
 
@@ -113,6 +114,7 @@ class Prune(Pass):
             left_out = self._left_out(groups)
             if step == 1:
                 skipped = tuple(Skip(name, reason) for name, reason in left_out.items())
+                skipped += tuple(Skip(name, _NESTED) for name in groups.nested)
             if self.dead and step == 1:
                 found = absorb(graph, groups, eligible_groups(groups, left_out), context.defaults)
                 skipped += found.skipped

@@ -296,3 +296,18 @@ def test_channels_that_a_norm_counts_stay_although_their_readers_multiply_them_b
             tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
     loaded = load_model(model)
     assert Prune(dead=True).apply(loaded.graph, Context()).rewrites == 0
+
+
+def test_operators_in_branches_say_why_they_stay():
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[2,4] x, bool flag) => (float[2,3] y) <float[4,3] w> {
+            y = If (flag) <then_branch = yes () => (float[2,3] a) { a = MatMul(x, w) },
+                           else_branch = no () => (float[2,3] b) { b = Gemm(x, w) }>
+        }
+    """
+    loaded = load_model(onnx.parser.parse_model(text))
+    result = Prune(ratio=0.5).apply(loaded.graph, Context())
+    assert [skip.reason for skip in result.skipped] == [
+        "it is in a branch or a body, where channels are not followed"
+    ] * 2

@@ -22,6 +22,12 @@ def print_groups(groups: ChannelGroups, console: Console) -> None:
         units = f"{group.size}" if group.width == 1 else f"{group.size} x {group.width}"
         table.add_row(escape(group.name), units, f"{group.macs:,}", f"{group.params:,}", escape(_remark(group)))
     console.print(table)
+    if groups.nested:
+        first = escape(", ".join(groups.nested[:_MEMBERS]))
+        console.print(
+            f"{len(groups.nested)} linear operators are in branches or bodies, where channels are not followed: {first}"
+            + (" ..." if len(groups.nested) > _MEMBERS else "")
+        )
 
 
 def _title(groups: ChannelGroups) -> str:
