@@ -40,18 +40,21 @@ NETS = {
 def stages(model: Path, data: str, macs: float, cut: str, target: str) -> list[tuple[str, Model | Path]]:
     """The model as it came in and after each pass of the pipeline."""
     prune = cut.format(macs=macs)
-    texts = {
-        "fold": "fold",
-        "prune": f"fold,{prune}",
-        "refit": f"fold,{prune},refit",
-        "qdq": f"fold,{prune},refit,calibrate,qdq",
-        "qdq alone": "fold,calibrate,qdq",
-    }
-    found: list[tuple[str, Model | Path]] = [("float", model)]
-    for name, passes in texts.items():
-        result = graphopt.optimize(model, passes, data=data, target=target, verify=False)
-        found.append((name, load_model(result.model)))
-    return found
+
+    def after(source: Model | Path, passes: str) -> Model:
+        from_source = source if isinstance(source, Path) else source.to_proto()
+        return load_model(graphopt.optimize(from_source, passes, data=data, target=target, verify=False).model)
+
+    folded = after(model, "fold")
+    refitted = after(folded, f"{prune},refit")  # refit needs what prune leaves, so the two go together
+    return [
+        ("float", model),
+        ("fold", folded),
+        ("prune", after(folded, prune)),
+        ("refit", refitted),
+        ("qdq", after(refitted, "calibrate,qdq")),
+        ("qdq alone", after(folded, "calibrate,qdq")),
+    ]
 
 
 def top1(session: Session, samples: Samples) -> np.ndarray:

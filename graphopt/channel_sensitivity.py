@@ -11,6 +11,7 @@ for Neural Network Pruning", arXiv:1906.10771, with outputs in place of a loss. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -22,7 +23,6 @@ from graphopt.graph import Names, producer, set_input
 from graphopt.model_io import Model
 from graphopt.progress import Progress, silent, track
 from graphopt.runtime import open_session
-from graphopt.units import NONE
 
 SAMPLES = 8
 """How many samples are used: one run for each of them and each unit is what it costs."""
@@ -45,24 +45,34 @@ def sensitivities(model: Model, groups: ChannelGroups, samples: Samples, *, prog
         DataError: a sample does not fit the model.
     """
     copy = model.copy()
-    places = _add_gains(copy.graph, groups)
+    gains = _add_gains(copy.graph, groups)
     session = open_session(copy)
-    ones = {name: np.ones(shape, dtype) for name, (shape, dtype, _) in places.items()}
+    ones = {name: gain.ones for name, gain in gains.items()}
     feeds = [dict(feed) for _, feed in zip(range(SAMPLES), samples, strict=False)]
     plain = [session.run({**feed, **ones}) for feed in feeds]
     scores = np.zeros(groups.count)
     free = [int(unit) for group in groups.groups if group.frozen is None for unit in group.units]
     for unit in track(free, progress, "measure channels", len(free)):
-        gains = {name: _with_step(ones[name], labels, unit) for name, (_, _, labels) in places.items()}
-        moved = [session.run({**feed, **gains}) for feed in feeds]
+        stepped = {name: gain.stepped(unit) for name, gain in gains.items()}
+        moved = [session.run({**feed, **stepped}) for feed in feeds]
         scores[unit] = np.mean([_moved(before, after) for before, after in zip(plain, moved, strict=True)])
     return scores
 
 
-def _add_gains(
-    graph: gs.Graph, groups: ChannelGroups
-) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic], NDArray[np.int64]]]:
-    """Multiply what linear operators read by new inputs; return shape, type and the units of the positions of each."""
+class _Gain(NamedTuple):
+    """One input of gains: at 1, in the shape in which it broadcasts, and the units of its positions."""
+
+    ones: NDArray[np.generic]
+    labels: NDArray[np.int64]  # [columns, positions]
+
+    def stepped(self, unit: int) -> NDArray[np.generic]:
+        """The gains with a step down at the positions of a unit."""
+        at = (self.labels == unit).any(axis=0)
+        return np.where(at, 1 - _STEP, 1.0).astype(self.ones.dtype).reshape(self.ones.shape)
+
+
+def _add_gains(graph: gs.Graph, groups: ChannelGroups) -> dict[str, _Gain]:
+    """Multiply what linear operators read by new inputs; return these by name."""
     names = Names(graph)
     readers = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
     gained: dict[tuple[str, int], gs.Tensor] = {}
@@ -81,19 +91,11 @@ def _add_gains(
             graph.inputs.append(gain)
             graph.nodes.append(gs.Node("Mul", output.name, {}, [tensor, gain], [output]))
             gained[key] = output
-            found[gain.name] = shape, np.dtype(tensor.dtype), labels
+            found[gain.name] = _Gain(np.ones(shape, tensor.dtype), labels)
         if key in gained:
             set_input(node, index, gained[key])
     graph.toposort()
     return found
-
-
-def _with_step(ones: NDArray[np.generic], labels: NDArray[np.int64], unit: int) -> NDArray[np.generic]:
-    """The gains with a step down at the positions of a unit."""
-    at = (labels == unit).any(axis=0) & (unit != NONE)
-    if not at.any():
-        return ones
-    return np.where(at, 1 - _STEP, 1.0).astype(ones.dtype).reshape(ones.shape)
 
 
 def _moved(before: Outputs, after: Outputs) -> float:

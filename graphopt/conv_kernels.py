@@ -54,6 +54,11 @@ class ConvKernel:
         return [begin + end - (size - 1) * dilation for begin, end, size, dilation in steps]
 
 
+def is_depthwise(node: gs.Node) -> bool:
+    """Whether each output channel of a Conv reads one input channel of several."""
+    return node.op == "Conv" and bool(node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1)
+
+
 def why_not_known(conv: gs.Node) -> str | None:
     """Say why what a Conv does is not known before the model runs."""
     if not all(is_constant(tensor) for tensor in conv.inputs[1:] if tensor.name):

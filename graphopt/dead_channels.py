@@ -17,7 +17,8 @@ from graphopt.channel_contractions import CONTRACTIONS
 from graphopt.channel_flow import Linear
 from graphopt.channel_groups import ChannelGroups, Labels
 from graphopt.channel_moves import MOVES
-from graphopt.graph import constant_of, has_input, present
+from graphopt.conv_kernels import is_depthwise
+from graphopt.graph import constant_of, has_input, is_constant, present
 from graphopt.node_order import sorted_nodes
 from graphopt.units import NONE
 
@@ -86,15 +87,15 @@ def _add_read(
         counts = _carried(axes, groups.count) & ~zero.get(tensor.name, np.zeros(groups.count, bool))
         if linear is not None and linear.data == tensor.name:
             counts &= ~_multiplied_by_zero(node, linear, groups)
-        if node.op.startswith("Reduce") or _is_depthwise(node):  # of what it passes on, a reader behind it decides
+        # of what it passes on, a reader behind it decides
+        if node.op.startswith("Reduce") or _passes_channels_on(node):
             counts &= ~_carried(groups.axes.get(node.outputs[0].name, ()), groups.count)
         read |= counts
 
 
-def _is_depthwise(node: gs.Node) -> bool:
-    """Whether each output channel reads one input channel, so that the two go together."""
-    weight = constant_of(node.inputs[1]) if node.op == "Conv" and not node.domain else None
-    return weight is not None and node.attrs.get("group", 1) > 1 and weight.shape[1] == 1
+def _passes_channels_on(node: gs.Node) -> bool:
+    """Whether it is a depthwise Conv with a constant weight: an input and an output channel go together."""
+    return not node.domain and node.op == "Conv" and is_constant(node.inputs[1]) and is_depthwise(node)
 
 
 _WITH_ONE_WEIGHT = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import (
     Names,
     constant_of,
@@ -173,7 +174,7 @@ class Insertion:
         weight = edge.tensor
         values = constant_of(weight)
         assert values is not None
-        fits = self.target.saturates and not _is_depthwise(edge.node)
+        fits = self.target.saturates and not is_depthwise(edge.node)  # which has kernels of its own
         params = params_of_weight(values, axis, self.target.weight, pairs_fit_16_bits=fits)
         return self._constant_pair(weight, params)
 
@@ -228,8 +229,3 @@ def _border(node: gs.Node, value: gs.Tensor) -> _Border | None:
     (axis,) = axes
     sizes = [(*shape[:axis], length, *shape[axis + 1 :]) for length in (before[axis], after[axis])]
     return _Border(axis, *sizes)
-
-
-def _is_depthwise(node: gs.Node) -> bool:
-    """Whether each output channel of a Conv reads one input channel of several: kernels of their own sum those."""
-    return node.op == "Conv" and bool(node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1)

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from graphopt.errors import ModelError
 from graphopt.graph import all_graphs, label_of
 from graphopt.model_io import Model
+from graphopt.operators import MOVING
 from graphopt.protobuf import all_graph_protos
 from graphopt.runtime import optimized_graph
 
@@ -26,13 +27,10 @@ _INT8_KERNELS = (
     *("QLinear", "QGemm", "QAttention", "QMoE", "ConvInteger", "MatMulInteger", "MatMulNBits"),
     *("DynamicQuantizeMatMul", "DynamicQuantizeLSTM"),
 )
-_MOVES = frozenset(
-    {
-        *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "ReduceMax"),
-        *("ReduceMin", "Relu", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
-        *("Unsqueeze", "Where"),
-    }
-)
+_MOVES = MOVING | {
+    *("Concat", "DepthToSpace", "MaxPool", "Pad", "ReduceMax", "ReduceMin", "Relu", "Resize", "SpaceToDepth", "Split"),
+    "Where",
+}
 
 
 @dataclass(frozen=True)

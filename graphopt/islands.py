@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import networkx as nx
 import onnx_graphsurgeon as gs
 
+from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import producer
 from graphopt.macs import count_macs
 from graphopt.placement import Placement
-from graphopt.sizes import Shape, at_assumed_sizes, at_sizes
+from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
 from graphopt.targets import Costs
 
 
@@ -48,19 +49,19 @@ def islands_of(graph: gs.Graph, placement: Placement) -> list[Island]:
     outputs = {id(tensor) for tensor in graph.outputs}
     for name, activation in placement.activations.items():
         tensor = activation.tensor
-        before = _computing(tensor, kept)
+        computing = placement.computed_by.get(name)
         users = [node for node in (*placement.users[name], *tensor.outputs) if id(node) in kept]
-        members = [*before, *(id(node) for node in users)]
+        members = [id(node) for node in (computing, *users) if node is not None]
         if not members:
             continue
         nx.add_path(joined, members)
         is_read_in_float = id(tensor) in outputs or any(id(node) not in kept for node in tensor.outputs)
-        if not before or is_read_in_float:
+        if computing is None or is_read_in_float:
             borders[members[0]].append(tensor)
     for rescaled, _ in placement.rescaled:
         node = producer(rescaled.tensor)
         nx.add_path(joined, [id(each) for each in (node, *rescaled.tensor.outputs) if id(each) in kept])
-    order = {id(node): index for index, node in enumerate(placement.nodes)}
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
     found = [sorted(members, key=order.__getitem__) for members in nx.connected_components(joined)]
     return [
         Island(
@@ -68,17 +69,6 @@ def islands_of(graph: gs.Graph, placement: Placement) -> list[Island]:
         )
         for members in sorted(found, key=lambda members: order[members[0]])
     ]
-
-
-def _computing(tensor: gs.Tensor, kept: Mapping[int, gs.Node]) -> list[int]:
-    """The id of the int8 operator that computes a tensor, be it through an activation or a bias that it absorbs."""
-    node = producer(tensor)
-    while node is not None and id(node) not in kept:
-        operands = [each for each in node.inputs if each.inputs]
-        if node.op not in ("Relu", "Clip", "Add") or len(operands) != 1:
-            return []
-        node = producer(operands[0])
-    return [] if node is None else [id(node)]
 
 
 def too_small(
@@ -95,18 +85,19 @@ def too_small(
     islands = islands_of(graph, placement)
     sized = at_assumed_sizes(graph)[0] if input_shapes is None else at_sizes(graph, input_shapes)
     macs = count_macs(sized).by_node
-    sizes = {tensor.name: tensor.shape for node in sized.nodes for tensor in (*node.inputs, *node.outputs)}
+    shapes = {tensor.name: fixed_shape(tensor) for node in sized.nodes for tensor in (*node.inputs, *node.outputs)}
     reasons: dict[int, str] = {}
     for island in islands:
-        elements = [_elements(sizes.get(tensor.name)) for tensor in island.borders]
+        known = [shape for tensor in island.borders if (shape := shapes.get(tensor.name)) is not None]
         counted = [macs.get(node.outputs[0].name, 0) for node in island.nodes]
-        if None in elements or not any(counted):
+        if len(known) < len(island.borders) or not any(counted):
             continue
         saved = sum(
-            count * costs.saved_ns_per_mac.get(node.op, 0.0) * _is_dense(node)
+            count * costs.saved_ns_per_mac.get(node.op, 0.0)
             for node, count in zip(island.nodes, counted, strict=True)
+            if not is_depthwise(node)  # whose kernels gain nothing from int8
         )
-        spent = sum(costs.border_ns + costs.border_ns_per_element * count for count in elements if count is not None)
+        spent = sum(costs.border_ns + costs.border_ns_per_element * math.prod(shape) for shape in known)
         if saved < spent:
             reason = (
                 f"{sum(counted):,} MACs between float operators: int8 would save some {saved / 1e3:.1f} us and spend "
@@ -114,14 +105,3 @@ def too_small(
             )
             reasons |= {id(node): reason for node in island.nodes}
     return reasons
-
-
-def _is_dense(node: gs.Node) -> bool:
-    """Whether an operator's sums run over many channels; depthwise kernels gain nothing from int8."""
-    return node.op != "Conv" or node.attrs.get("group", 1) == 1 or int(node.inputs[1].shape[1]) > 1
-
-
-def _elements(shape: object) -> int | None:
-    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) for size in shape):
-        return None
-    return math.prod(shape)

@@ -69,6 +69,7 @@ class Placement:
         rescaled: outputs of operators that a DQ replaces, each with the integers' tensor before it, topologically.
         on_integers: operators to be written between the Q of their input and the DQ of their output.
         readers: by tensor name, the inputs that read the tensor through its Q/DQ pair.
+        computed_by: by tensor name, the int8 operator behind which, and behind what it absorbs, the pair stands.
         users: by tensor name, the operators that cannot run in int8 without its Q/DQ pair: what reads it, and what
             computes it and needs a Q behind.
         weights: constant inputs, each with the axis that has a scale for each index (None: one scale).
@@ -82,6 +83,7 @@ class Placement:
     rescaled: tuple[tuple[Activation, gs.Tensor], ...]
     on_integers: tuple[gs.Node, ...]
     readers: Mapping[str, tuple[Edge, ...]]
+    computed_by: Mapping[str, gs.Node]
     users: Mapping[str, tuple[gs.Node, ...]]
     weights: tuple[tuple[Edge, int | None], ...]
     operands: tuple[Edge, ...]
@@ -360,9 +362,11 @@ class _Placing:
             else:
                 operands.append(edge)
         users = {name: [edge.node for edge in found] for name, found in readers.items()}
+        computed_by: dict[str, gs.Node] = {}
         if self.target.quantizes_outputs:
             for node, tensor in self._quantized_outputs(tensors.values()):
                 tensors[tensor.name] = tensor
+                computed_by[tensor.name] = node
                 if self._needs_output(node):
                     users.setdefault(tensor.name, []).append(node)
         rescaled = self._rescaled()
@@ -374,6 +378,7 @@ class _Placing:
             rescaled=rescaled,
             on_integers=tuple(node for node in self.kept.values() if self._rule_of(node).on_integers),
             readers={name: tuple(readers.get(name, ())) for name in tensors},
+            computed_by=computed_by,
             users={name: tuple(found) for name, found in users.items()},
             weights=tuple(weights),
             operands=tuple(operands),

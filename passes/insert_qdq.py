@@ -23,6 +23,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.autotune import tune
 from graphopt.errors import PipelineError
+from graphopt.feeds import Feed
 from graphopt.graph import (
     all_graphs,
 )
@@ -122,7 +123,9 @@ class InsertQdq(Pass):
         if self.autotune:
             excluded |= _slower_here(graph, target, placement, excluded, ranges, context)
         elif target.costs is not None and not self.small_islands:
-            excluded |= too_small(graph, placement, target.costs, _input_shapes(context))
+            feed = _first_sample(context)
+            shapes = None if feed is None else {name: value.shape for name, value in feed.items()}
+            excluded |= too_small(graph, placement, target.costs, shapes)
         placement = _quantize(graph, target, excluded, ranges)
         if not placement.nodes:
             return PassResult(skipped=placement.skipped)
@@ -178,10 +181,8 @@ class InsertQdq(Pass):
         return excluded
 
 
-def _input_shapes(context: Context) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the first sample; None where there is none."""
-    feed = None if context.samples is None else next(iter(context.samples), None)
-    return None if feed is None else {name: value.shape for name, value in feed.items()}
+def _first_sample(context: Context) -> Feed | None:
+    return None if context.samples is None else next(iter(context.samples), None)
 
 
 def _slower_here(
@@ -199,7 +200,7 @@ def _slower_here(
     """
     if not target.runs_here:
         raise PipelineError(f"qdq:autotune measures in onnxruntime on this CPU, and {target.name} runs elsewhere")
-    feed = next(iter(context.samples), None) if context.samples is not None else None
+    feed = _first_sample(context)
     if feed is None:
         raise PipelineError("qdq:autotune needs inputs to measure with: give --data")
     islands = islands_of(graph, placement)

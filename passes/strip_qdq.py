@@ -46,16 +46,11 @@ from graphopt.graph import (
     replace_uses,
     set_output,
 )
-from graphopt.operators import NEVER_NEGATIVE
+from graphopt.operators import MOVING, NEVER_NEGATIVE
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.quantizers import Quantizer, change_by, dtype_of, ends_of, quantizer_of, values_of
 
-_KEEP_SIGN = frozenset(
-    {
-        *("AveragePool", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool", "Identity", "MaxPool"),
-        *("GlobalMaxPool", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
-    }
-)
+_KEEP_SIGN = MOVING | {"AveragePool", "Concat", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "Split"}
 _MOST_STEPS = 64  # of a search backwards for what makes a tensor never negative
 
 
