@@ -39,15 +39,14 @@ def merged(parts: Sequence[Ranges]) -> Ranges:
     quant_type = target_named(first.target).activation
     tensors = {}
     for name in dict.fromkeys(name for part in parts for name in part.tensors):
-        seen, *others = [
-            seen_of(part.tensors[name], method, f"tensor {name}") for part in parts if name in part.tensors
-        ]
+        found = [part.tensors[name] for part in parts if name in part.tensors]
+        seen, *others = [seen_of(each, method, f"tensor {name}") for each in found]
         for other in others:
             seen.merge(other)
-        chosen = range_of(seen, method, percent=first.percent, quant_type=quant_type, keep=True)
-        tensors[name] = replace(
-            chosen, channels=_merged_channels([part.tensors[name].channels for part in parts if name in part.tensors])
+        chosen = range_of(
+            seen, method, percent=first.percent, quant_type=quant_type, keep=True, response=found[0].response
         )
+        tensors[name] = replace(chosen, channels=_merged_channels([each.channels for each in found]))
     return replace(
         first,
         tensors=tensors,

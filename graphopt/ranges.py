@@ -23,7 +23,8 @@ The file is JSON for people too: a head that says where the ranges come from, th
 
 `minimum` and `maximum` are what quantization uses, and may be edited; the rest is the evidence for them. A tensor may
 also have "channels", lists of "minimum", "maximum", "mean", "variance" and "count" by index of its axis 1, and
-"histogram". With that, another method can choose other ranges later (`rechosen`), and the files of shards of the data
+"histogram", with a "response" where operators behind it see a function of it (`graphopt.responses`). With
+these, another method can choose other ranges later (`rechosen`), and the files of shards of the data
 merge into that of all of it, exactly (`merged`): histograms, extremes and the data's digest are sums and extremes of
 those of the shards, whatever their order.
 """
@@ -45,6 +46,7 @@ from graphopt.exact_histogram import ExactHistogram
 from graphopt.files import write_text_atomically
 from graphopt.histogram import Extremes, Histogram
 from graphopt.quantization import QuantType
+from graphopt.responses import Response
 from graphopt.targets import Target
 from graphopt.thresholds import Method, choose_range
 from graphopt.version import VERSION
@@ -72,6 +74,7 @@ class TensorRange:
     count: int  # of values over all samples
     histogram: Histogram | None = None  # None where it was not kept
     channels: ChannelStatistics | None = None  # None where nobody asked
+    response: Response | None = None  # with the histogram; None where others see the values themselves
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -191,6 +194,7 @@ class Ranges:
                     percent=percent,
                     quant_type=target.activation,
                     keep=found.histogram is not None,
+                    response=found.response,
                 ),
                 channels=found.channels,
             )
@@ -199,7 +203,15 @@ class Ranges:
         return replace(self, tensors=tensors, method=method, percent=percent, target=target.name)
 
 
-def range_of(seen: Extremes, method: Method, *, percent: float, quant_type: QuantType, keep: bool) -> TensorRange:
+def range_of(
+    seen: Extremes,
+    method: Method,
+    *,
+    percent: float,
+    quant_type: QuantType,
+    keep: bool,
+    response: Response | None = None,
+) -> TensorRange:
     """The range that a method chooses for what was seen of a tensor, with the evidence.
 
     Args:
@@ -207,9 +219,10 @@ def range_of(seen: Extremes, method: Method, *, percent: float, quant_type: Quan
         method: how to choose; its `statistics` are what `seen` must be.
         percent: for the method percentile.
         quant_type: of the quantized tensor.
-        keep: whether the histogram goes along.
+        keep: whether the histogram and the response go along.
+        response: what the rest of the graph sees of the tensor, where that is not its values.
     """
-    minimum, maximum, chosen = choose_range(seen, method, quant_type, percent=percent)
+    minimum, maximum, chosen = choose_range(seen, method, quant_type, percent=percent, response=response)
     histogram = seen if isinstance(seen, Histogram) else None
     return TensorRange(
         minimum=minimum,
@@ -222,6 +235,7 @@ def range_of(seen: Extremes, method: Method, *, percent: float, quant_type: Quan
         zeros=seen.zeros,
         count=seen.count,
         histogram=histogram if keep else None,
+        response=response if keep else None,
     )
 
 
@@ -286,8 +300,14 @@ _NUMBER = (int, float)
 
 def _record(found: TensorRange) -> dict[str, Any]:
     record = {each.name: getattr(found, each.name) for each in fields(found)}
-    evidence = {key: record.pop(key) for key in ("histogram", "channels")}
-    return record | {key: found.to_json() for key, found in evidence.items() if found is not None}
+    del record["histogram"], record["channels"], record["response"]
+    if found.histogram is not None:
+        record["histogram"] = found.histogram.to_json()
+    if found.channels is not None:
+        record["channels"] = found.channels.to_json()
+    if found.response is not None:
+        record["response"] = found.response.to_text()
+    return record
 
 
 def _tensor_range(record: Any, where: str) -> TensorRange:
@@ -306,6 +326,8 @@ def _tensor_range(record: Any, where: str) -> TensorRange:
         found = TensorRange(**values)
         if "channels" in record:
             found = replace(found, channels=ChannelStatistics.from_json(_value(record, "channels", dict, where)))
+        if "response" in record:
+            found = replace(found, response=Response.from_text(_value(record, "response", str, where)))
         if "histogram" not in record:
             return found
         extremes = seen_of(found, Method.MINMAX, where)

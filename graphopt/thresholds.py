@@ -1,7 +1,8 @@
 """The range that a quantized tensor covers, chosen from its histogram: how much to clip, for how fine a step.
 
 `minmax` clips nothing, `moving-average` what few samples reach. `entropy` and `percentile` find a threshold T for |x|
-and clip to [-T, T]; `mse` and `auto` find both ends, of all ranges the one with the least expected error. None goes
+and clip to [-T, T]; `mse` and `auto` find both ends, of all ranges the one with the least expected error of what
+the rest of the graph sees. None goes
 beyond the values observed. `data-free` has a way of its own (`graphopt.data_free`).
 """
 
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from graphopt.graph import Array
 from graphopt.histogram import Extremes, Histogram, MovingAverage
-from graphopt.quantization import QuantType
+from graphopt.quantization import SMALLEST_SCALE, QuantType
+from graphopt.responses import Response
 
 Counts = NDArray[np.int64]
 _Floats = NDArray[np.float64]
@@ -22,6 +24,7 @@ _Floats = NDArray[np.float64]
 _LEVELS = 128  # of |x|: the magnitudes of an int8
 _TIE = 1e-9  # nats: closer divergences differ by rounding only
 _MSE_CANDIDATES = 256  # for each end of the range
+_JUDGED_AGAIN = 256  # pairs of ends
 _CLIPPING_WEIGHT = 3.0
 """Of a clipping error beside a rounding error of the same size, for AUTO.
 
@@ -62,7 +65,12 @@ class Method(Enum):
 
 
 def choose_range(
-    seen: Extremes, method: Method, quant_type: QuantType, *, percent: float = 99.99
+    seen: Extremes,
+    method: Method,
+    quant_type: QuantType,
+    *,
+    percent: float = 99.99,
+    response: Response | None = None,
 ) -> tuple[float, float, Method]:
     """The lowest and the highest value that the quantized tensor should represent, and the method that chose them.
 
@@ -72,6 +80,7 @@ def choose_range(
             times; where that clips nothing, it has turned out as MINMAX, and as MSE elsewhere.
         quant_type: of the quantized tensor: its number of steps, and whether they are symmetric around 0.
         percent: for PERCENTILE, the share of the values that is not clipped, above 0 and up to 100.
+        response: for MSE and AUTO, what the rest of the graph sees of the values, where that is not themselves.
     """
     if not seen.count:
         raise ValueError("there is no range of no values")
@@ -81,17 +90,19 @@ def choose_range(
         return seen.average_minimum, seen.average_maximum, method
     if not isinstance(seen, Histogram):
         raise TypeError(f"the method {method.value} needs {method.statistics.__name__}, not the extremes alone")
-    low, high = _clipping_range(seen, method, percent, quant_type)
+    low, high = _clipping_range(seen, method, percent, quant_type, response)
     low, high = max(seen.minimum, min(low, seen.maximum)), min(seen.maximum, max(high, seen.minimum))
     if method is Method.AUTO:
         method = Method.MINMAX if (low, high) == (seen.minimum, seen.maximum) else Method.MSE
     return low, high, method
 
 
-def _clipping_range(histogram: Histogram, method: Method, percent: float, quant_type: QuantType) -> tuple[float, float]:
+def _clipping_range(
+    histogram: Histogram, method: Method, percent: float, quant_type: QuantType, response: Response | None
+) -> tuple[float, float]:
     if method in (Method.MSE, Method.AUTO):
         weight = _CLIPPING_WEIGHT if method is Method.AUTO else 1.0
-        return mse(histogram.counts, histogram.width, quant_type, clipping_weight=weight)
+        return mse(histogram, quant_type, clipping_weight=weight, response=response)
     counts = np.trim_zeros(histogram.magnitudes(), "b")  # beyond the largest value there is nothing to choose
     if method is Method.ENTROPY:
         threshold = entropy(counts, histogram.width)
@@ -158,46 +169,81 @@ def entropy(counts: Counts, width: float) -> float:
     return int(best) * width
 
 
-def mse(counts: Counts, width: float, quant_type: QuantType, *, clipping_weight: float = 1.0) -> tuple[float, float]:
+def mse(
+    histogram: Histogram, quant_type: QuantType, *, clipping_weight: float = 1.0, response: Response | None = None
+) -> tuple[float, float]:
     """The range [low, high], low <= 0 <= high, with the least expected squared error of quantization.
 
-    A value inside is off by a uniform rounding error, step**2 / 12 on average; a value beyond an end is off
-    by its distance from it. step = (high - low) / levels (255 of uint8), or T / qmax (127 of int8) where the
-    integers are symmetric and cover [-T, T]. Values of bin 0 count as exact zeros, which cost nothing.
-    Candidates for each end are 256 bin edges between 0 and the last bin that is filled, in all combinations.
+    The error is that of f(x), where `response` is f, or of x itself. With f' the slope of f, a value inside is off by a
+    uniform rounding error, f'(x)**2 * step**2 / 12 on average; a value beyond an end by (f(x) - f(end))**2. step =
+    (high - low) / levels (255 of uint8), or T / qmax (127 of int8) where the integers are symmetric and cover [-T, T].
+    Values of bin 0 count as exact zeros, which cost nothing.
+
+    Candidates for each end are 256 bin edges between 0 and the last bin that is filled, in all combinations. The zero
+    point is an integer, which moves the ends by up to half a step: a small end may be lost that way. So the best
+    candidates are judged again by the ends that they really have.
 
     Args:
-        counts: int64 [2N - 1], the histogram of x with bin 0 in the middle, as `Histogram.counts`.
-        width: of a bin.
+        histogram: of at least one value.
         quant_type: of the quantized tensor.
         clipping_weight: by which the squared errors of values beyond the ends are multiplied.
+        response: what the rest of the graph sees of the values; left alone where it is not finite.
     """
-    zero = len(counts) // 2
-    above, below = counts[zero:].copy(), counts[zero::-1].copy()
-    above[0] = below[0] = 0
+    if response is not None and not np.isfinite(response.at(histogram.middles()[histogram.counts > 0])).all():
+        response = None
+    above, below = _Side(histogram, 1, response), _Side(histogram, -1, response)
     if quant_type.symmetric:
-        ends, clipping, inside = _costs_of_ends(above + below)
-        best = int(np.argmin(clipping_weight * clipping + inside * (ends / quant_type.maximum) ** 2 / 12))
-        return -float(ends[best]) * width, float(ends[best]) * width
-    lows, clipping_below, inside_below = _costs_of_ends(below)
-    highs, clipping_above, inside_above = _costs_of_ends(above)
-    steps = (lows[:, None] + highs) / quant_type.levels
-    clipping = clipping_below[:, None] + clipping_above
-    cost = clipping_weight * clipping + (inside_below[:, None] + inside_above) * steps**2 / 12
-    low, high = np.unravel_index(np.argmin(cost), cost.shape)
-    return -float(lows[low]) * width, float(highs[high]) * width
+        ends = max(above.candidates, below.candidates, key=lambda each: float(each[-1]))
+        clipping, inside = np.add(above.costs(ends), below.costs(ends))
+        best = ends[np.argmin(clipping_weight * clipping + inside * (ends / quant_type.maximum) ** 2 / 12)]
+        return -float(best), float(best)
+
+    lows, highs = below.candidates[:, None], above.candidates[None, :]
+    clipping, inside = (one + other for one, other in zip(below.costs(lows), above.costs(highs), strict=True))
+    cost = clipping_weight * clipping + inside * ((lows + highs) / quant_type.levels) ** 2 / 12
+    few = np.argpartition(cost, min(_JUDGED_AGAIN, cost.size) - 1, axis=None)[:_JUDGED_AGAIN]
+    lows, highs = (np.broadcast_to(ends, cost.shape).ravel()[few] for ends in (lows, highs))
+    steps = np.maximum((lows + highs) / quant_type.levels, SMALLEST_SCALE)
+    below_zero = np.rint(lows / steps)
+    clipping, inside = np.add(below.costs(below_zero * steps), above.costs((quant_type.levels - below_zero) * steps))
+    best = np.argmin(clipping_weight * clipping + inside * steps**2 / 12)
+    return -float(lows[best]), float(highs[best])
 
 
-def _costs_of_ends(counts: Counts) -> tuple[_Floats, _Floats, _Floats]:
-    """Candidate ends in bins from zero; for each its squared clipping error and the count inside it."""
-    filled = len(np.trim_zeros(counts, "b"))
-    ends = np.unique(np.linspace(0, filled, _MSE_CANDIDATES + 1).round().astype(np.intp))
-    middles = np.arange(len(counts)) + 0.5
-    beyond, first, second = (
-        (moments[-1] - moments)[ends] for moments in (_prefix_sums(counts * middles**power) for power in range(3))
-    )
-    clipping = second - 2 * ends * first + ends**2 * beyond  # sum of (middle - end)**2 over what lies beyond
-    return ends.astype(np.float64), clipping, counts.sum() - beyond
+class _Side:
+    """The values of one sign: what a range costs that ends at some distance from zero."""
+
+    def __init__(self, histogram: Histogram, sign: int, response: Response | None) -> None:
+        counts = histogram.counts[len(histogram.counts) // 2 :: sign].astype(np.float64)
+        counts[0] = 0  # zeros
+        self._width = histogram.width
+        edges = sign * np.arange(len(counts) + 1) * self._width
+        middles = edges[:-1] + sign * self._width / 2
+        if response is None:
+            self._values, at_middles, slopes = edges, middles, np.ones(len(counts))
+        else:
+            self._values, at_middles = response.at(edges), response.at(middles)
+            slopes = np.diff(self._values) / self._width
+        with np.errstate(invalid="ignore"):
+            moments = [_prefix_sums(np.where(counts > 0, counts * at_middles**power, 0)) for power in range(3)]
+            self._inside = _prefix_sums(np.where(counts > 0, counts * slopes**2, 0))
+        self._beyond = [each[-1] - each for each in moments]
+        self._extreme = max(histogram.maximum if sign > 0 else -histogram.minimum, 0.0)
+
+    @property
+    def candidates(self) -> _Floats:
+        """Distances of ends from zero, ascending: 0, bin edges, and the largest of the values."""
+        filled = int(np.flatnonzero(np.diff(self._beyond[0]))[-1]) + 1 if self._beyond[0][0] else 0
+        edges = np.unique(np.linspace(0, filled, _MSE_CANDIDATES + 1).round()) * self._width
+        return np.minimum(edges, self._extreme)
+
+    def costs(self, ends: _Floats) -> tuple[_Floats, _Floats]:
+        """For ranges that end so far from zero: squared clipping errors, and the sum of f'(x)**2 inside."""
+        bins = np.minimum(ends / self._width, len(self._values) - 1)
+        nearest = np.rint(bins).astype(np.intp)
+        beyond, first, second = (each[nearest] for each in self._beyond)
+        value = np.interp(bins, np.arange(len(self._values)), self._values)
+        return second - 2 * value * first + value**2 * beyond, self._inside[nearest]
 
 
 def _prefix_sums(values: Array) -> Array:

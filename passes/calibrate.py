@@ -27,6 +27,7 @@ from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.placement import place
 from graphopt.ranges import Ranges, range_of
+from graphopt.responses import responses
 from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
 from graphopt.thresholds import Method
@@ -94,6 +95,7 @@ class Calibrate(Pass):
         channels, without_channels = (
             self._channels(model, list(observation.statistics), samples, context) if self.channels else ({}, ())
         )
+        behind = responses(graph, observation.statistics) if self.method.statistics is Histogram else {}
         context.ranges = Ranges(
             tensors={
                 name: replace(
@@ -103,6 +105,7 @@ class Calibrate(Pass):
                         percent=self.percent,
                         quant_type=context.target.activation,
                         keep=self.histograms,
+                        response=behind.get(name),
                     ),
                     channels=channels.get(name),
                 )
