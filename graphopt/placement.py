@@ -269,9 +269,10 @@ class _Placing:
         """The tensors on which the quantizers of a node's outputs stand.
 
         Behind an operator that only moves values there is nothing to absorb: the Q of its input has clipped already.
+        One that is decomposed ends in a factor, and its own range tells those of its parts.
         """
         outputs = present(node.outputs)
-        if self._rule_of(node).role in (Role.COMMUTES, Role.RESCALES):
+        if self._rule_of(node).role in (Role.COMMUTES, Role.RESCALES) or node.op in self.target.decomposed:
             return outputs
         if (bias := self._bias_of(node)) is not None:
             outputs = bias.node.outputs

@@ -204,6 +204,14 @@ def test_a_positive_factor_costs_ort_a_scale_and_no_quantizer():
     assert (activation.tensor.name, activation.source.name, activation.factor, before.name) == ("m", "c", 2.0, "c")
 
 
+@pytest.mark.parametrize("operator", ["HardSwish", "HardSigmoid"])
+def test_nothing_is_absorbed_into_an_operator_that_is_decomposed(operator):
+    graph = graph_of(f"c = {CONV}(x, w, b) h = {operator}(c) r = Relu(h) a = Add(h, r) y = {CONV}(a, w, b)")
+    assert "h" in quantized(place(graph, ORT_CPU))
+    alone = graph_of(f"c = {CONV}(x, w, b) h = {operator}(c) r = Relu(h) y = {CONV}(r, w, b)")
+    assert operators(place(alone, ORT_CPU)) == ["Conv", "Conv"]
+
+
 @pytest.mark.parametrize("constant", ["float k = {-2}", "float k = {0}", "float[16,1,1] k"])
 def test_a_factor_that_is_not_one_positive_number_is_an_int8_operand(constant):
     graph = graph_of(f"c = {CONV}(x, w, b) m = Mul(c, k) y = {CONV}(m, w, b)", weights=constant)
