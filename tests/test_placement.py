@@ -4,7 +4,7 @@ import pytest
 from texts import model_of
 
 from graphopt.model_io import load_model
-from graphopt.placement import place
+from graphopt.placement import place, place_all
 from graphopt.shapes import infer_shapes
 from graphopt.targets.ort_cpu import ORT_CPU
 from graphopt.targets.tensorrt import TENSORRT
@@ -184,16 +184,17 @@ def test_an_excluded_node_stays_float_with_the_reason_given():
     assert quantized(placement) == {"c", "y"}
 
 
-def test_operators_inside_a_branch_are_left_alone_and_reported():
+def test_a_branch_is_placed_as_a_graph_of_its_own():
     graph = graph_of(
         """y = If (flag) <
              then_branch = yes () => (float[N,16,8,8] t) { t = Conv<pads=[1,1,1,1]>(x, w, b) },
              else_branch = no () => (float[N,16,8,8] e) { e = Identity(x) }>""",
         inputs="float[N,16,8,8] x, bool flag",
     )
-    placement = place(graph, ORT_CPU)
-    assert not placement.nodes
-    assert "branch" in placement.skipped[0].reason
+    outside, yes, no = place_all(graph, ORT_CPU)
+    assert not outside.nodes and not outside.skipped and not no.nodes
+    assert (yes.branch, operators(yes), quantized(yes)) == ("y/then_branch", ["Conv"], {"x", "t"})
+    assert not place(graph, ORT_CPU).nodes
 
 
 def test_a_positive_factor_costs_ort_a_scale_and_no_quantizer():
