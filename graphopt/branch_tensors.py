@@ -18,13 +18,38 @@ import onnx_graphsurgeon as gs
 from graphopt.graph import Names, all_graphs, label_of, present
 from graphopt.model_io import Model
 
+Holders = tuple[tuple[gs.Node, str], ...]
+"""The Ifs around a branch, outermost first, each with the attribute that the branch is, or is in."""
+
 
 @dataclass(frozen=True)
 class BranchTensor:
     """A tensor that a branch computes, and where the branch is."""
 
     tensor: gs.Tensor
-    holders: tuple[tuple[gs.Node, str], ...]  # each If around it and the attribute that it is in, outermost first
+    holders: Holders
+
+
+def with_branches(graph: gs.Graph, holders: Holders = ()) -> Iterator[tuple[gs.Graph, Holders]]:
+    """The graph and all branches of Ifs in it, nested ones too, outermost first, each with the Ifs around it.
+
+    Bodies of Loop and Scan are left out, with the Ifs in them.
+    """
+    yield graph, holders
+    for node in graph.nodes:
+        if node.op == "If" and not node.domain:
+            for attribute, branch in node.attrs.items():
+                yield from with_branches(branch, (*holders, (node, attribute)))
+
+
+def branch_label(holders: Holders) -> str:
+    """What reports call a branch: "If_0/then_branch"."""
+    return "/".join(part for node, branch in holders for part in (label_of(node), branch))
+
+
+def range_names(graph: gs.Graph) -> dict[int, str]:
+    """By id of a tensor that a branch computes, the name that ranges have for it; others bear their own."""
+    return {id(each.tensor): name for name, each in branch_tensors(graph).items()}
 
 
 def branch_tensors(graph: gs.Graph) -> dict[str, BranchTensor]:
@@ -40,12 +65,12 @@ def branch_tensors(graph: gs.Graph) -> dict[str, BranchTensor]:
     bearers.update(tensor.name for each in all_graphs(graph) for tensor in each.inputs)
     names = Names(graph)
     found: dict[str, BranchTensor] = {}
-    for each in _in_branches(graph, ()):
-        name = each.tensor.name
-        if bearers[name] > 1:
-            path = [part for node, branch in each.holders for part in (label_of(node), branch)]
-            name = names.fresh("/".join([*path, name]))
-        found[name] = each
+    for body, holders in with_branches(graph):
+        for tensor in (tensor for node in body.nodes if holders for tensor in present(node.outputs)):
+            name = tensor.name
+            if bearers[name] > 1:
+                name = names.fresh(f"{branch_label(holders)}/{name}")
+            found[name] = BranchTensor(tensor, holders)
     return found
 
 
@@ -70,17 +95,6 @@ def with_branch_outputs(model: Model, tensors: Mapping[str, np.dtype[Any]]) -> t
             tensor = _given_out(tensor, holder, dtype, names, f"{name} (in an inner branch)")
         outer[name] = _given_out(tensor, main, dtype, names, f"{name} (in a branch)").name
     return copy, outer
-
-
-def _in_branches(graph: gs.Graph, holders: tuple[tuple[gs.Node, str], ...]) -> Iterator[BranchTensor]:
-    for node in graph.nodes:
-        if node.op != "If" or node.domain:
-            continue
-        for attribute, branch in node.attrs.items():
-            inside = (*holders, (node, attribute))
-            for each in branch.nodes:
-                yield from (BranchTensor(tensor, inside) for tensor in present(each.outputs))
-            yield from _in_branches(branch, inside)
 
 
 def _given_out(

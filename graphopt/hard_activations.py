@@ -16,7 +16,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Names, disconnect
+from graphopt.branch_tensors import range_names
+from graphopt.graph import Names, all_graphs, disconnect
 from graphopt.ranges import Ranges, TensorRange
 
 _SWISH_ALPHA, _SWISH_BETA = 1 / 6, 0.5
@@ -26,18 +27,20 @@ def decompose_activations(graph: gs.Graph, nodes: Iterable[gs.Node], ranges: Ran
     """Replace HardSigmoid and HardSwish nodes of float32 tensors in place.
 
     Args:
-        graph: where the nodes are.
-        nodes: which of its nodes to replace.
+        graph: the main graph.
+        nodes: which of its nodes to replace, and of those in its branches.
         ranges: with those of the nodes' outputs.
 
     Returns:
         The ranges, with those of the new tensors.
     """
-    names, tensors = Names(graph), dict(ranges.tensors)
+    names, called, tensors = Names(graph), range_names(graph), dict(ranges.tensors)
     replacements: dict[int, list[gs.Node]] = {}
     for node in nodes:
-        replacements[id(node)] = _Decomposition(node, names, tensors).run()
-    graph.nodes[:] = [new for node in graph.nodes for new in replacements.get(id(node), [node])]
+        found = tensors[called.get(id(node.outputs[0]), node.outputs[0].name)]
+        replacements[id(node)] = _Decomposition(node, names, tensors).run(found)
+    for each in all_graphs(graph):
+        each.nodes[:] = [new for node in each.nodes for new in replacements.get(id(node), [node])]
     return replace(ranges, tensors=tensors)
 
 
@@ -49,11 +52,10 @@ class _Decomposition:
         self.value, self.result = node.inputs[0], node.outputs[0]
         self.new: list[gs.Node] = []
 
-    def run(self) -> list[gs.Node]:
+    def run(self, found: TensorRange) -> list[gs.Node]:
         swish = self.node.op == "HardSwish"
         alpha = _SWISH_ALPHA if swish else self.node.attrs.get("alpha", 0.2)
         beta = _SWISH_BETA if swish else self.node.attrs.get("beta", 0.5)
-        found = self.ranges[self.result.name]
         disconnect(self.node)
         shifted = self._add("Add", "shifted", self.value, self._scalar("offset", beta / alpha))
         bounds = (self._scalar("lowest", 0.0), self._scalar("highest", 1 / alpha))

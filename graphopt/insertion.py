@@ -2,11 +2,15 @@
 
 A graph output that carries a pair keeps its name, on the DQ. What a target's runtime runs on integers without fusing it
 is written between Q and DQ; a factor becomes the scale of a DQ.
+
+In a branch, only what the branch itself computes is replaced for all its readers; what it reads from outside keeps its
+readers there. Integers of a weight that several branches read are stored once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,17 +39,40 @@ from graphopt.sizes import fixed_shape
 from graphopt.targets import Target
 
 
-class Insertion:
-    """Wires a placement's pairs into a graph."""
+def insert_pairs(graph: gs.Graph, target: Target, placements: Sequence[Placement], ranges: Ranges) -> None:
+    """Change a graph and its branches.
 
-    def __init__(self, graph: gs.Graph, target: Target, placement: Placement, ranges: Ranges) -> None:
-        self.graph = graph
+    Args:
+        graph: the main graph.
+        target: the table that the placements follow.
+        placements: of the graph and its branches, outermost first.
+        ranges: of all that carries a pair.
+    """
+    names, integers = Names(graph), dict[Hashable, list[gs.Constant]]()
+    for placement in reversed(placements):  # a pair inside reads the tensor that a pair outside may then replace
+        _Insertion(placement, target, ranges, names, integers).run()
+
+
+class _Insertion:
+    """Wires a placement's pairs into its graph; `integers` has the weights that other graphs store already."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        target: Target,
+        ranges: Ranges,
+        names: Names,
+        integers: dict[Hashable, list[gs.Constant]],
+    ) -> None:
+        self.graph = placement.graph
         self.target = target
         self.placement = placement
         self.ranges = ranges
-        self.names = Names(graph)
+        self.names = names
+        self.integers = integers
         self.new_nodes: list[gs.Node] = []
-        self.nested_names = nested_output_names(graph)
+        self.own = {id(tensor) for node in self.graph.nodes for tensor in node.outputs}
+        self.nested_names = nested_output_names(self.graph)
         self.stored: dict[int, gs.Variable] = {}  # by id of a tensor, its integers
         self.replaced: set[int] = set()  # ids of nodes that others stand for now
 
@@ -80,17 +107,17 @@ class Insertion:
             set_input(edge.node, edge.index, gs.Constant(name, values.reshape(-1)))
 
     def _params(self, activation: Activation) -> QuantParams:
-        found = self.ranges.tensors[activation.source.name]
+        found = self.ranges.tensors[activation.range_name]
         return params_of_range(found.minimum, found.maximum, self.target.activation).scaled(activation.factor)
 
     def _activation(self, activation: Activation, readers: tuple[Edge, ...]) -> None:
         tensor, params = activation.tensor, self._params(activation)
         keeps_name = is_output(self.graph, tensor) or tensor.name in self.nested_names
-        if self.target.quantizes_outputs and keeps_name and producer(tensor) is not None:
+        if self.target.quantizes_outputs and keeps_name and id(tensor) in self.own:
             self._named_output(tensor, params)
             return
         pair_output = gs.Variable(self.names.fresh(f"{tensor.name}_dequantized"), tensor.dtype, tensor.shape)
-        if self.target.quantizes_outputs:
+        if self.target.quantizes_outputs and (id(tensor) in self.own or not self.placement.branch):
             replace_uses(tensor, pair_output)
         else:
             for edge in readers:
@@ -190,11 +217,14 @@ class Insertion:
         if not self.target.stores_int8_weights:
             self._pair(constant, output, params)
             return output
-        values = constant_of(constant)
-        assert values is not None
-        stored = gs.Constant(self.names.fresh(f"{constant.name}_quantized"), params.quantize(values))
+        key = id(constant), params.axis, params.quant_type, params.scale.tobytes()
+        if key not in self.integers:
+            values = constant_of(constant)
+            assert values is not None
+            stored = gs.Constant(self.names.fresh(f"{constant.name}_quantized"), params.quantize(values))
+            self.integers[key] = [stored, *self._constants(constant.name, params)]
         attributes = {} if params.axis is None else {"axis": params.axis}
-        self._add("DequantizeLinear", constant, [stored, *self._constants(constant.name, params)], output, attributes)
+        self._add("DequantizeLinear", constant, list(self.integers[key]), output, attributes)
         return output
 
     def _constants(self, name: str, params: QuantParams) -> list[gs.Constant]:

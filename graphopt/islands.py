@@ -13,14 +13,14 @@ are surely too small; `qdq:autotune=true` measures (`graphopt.autotune`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import onnx_graphsurgeon as gs
 
 from graphopt.conv_kernels import is_depthwise
-from graphopt.graph import producer
+from graphopt.graph import all_graphs, producer
 from graphopt.macs import count_macs
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
@@ -40,8 +40,9 @@ class Island:
     borders: tuple[gs.Tensor, ...]
 
 
-def islands_of(graph: gs.Graph, placement: Placement) -> list[Island]:
+def islands_of(placement: Placement) -> list[Island]:
     """The islands of a placement, in the order of their first operators."""
+    graph = placement.graph
     kept = {id(node): node for node in placement.nodes}
     joined = nx.Graph()
     joined.add_nodes_from(kept)
@@ -72,22 +73,29 @@ def islands_of(graph: gs.Graph, placement: Placement) -> list[Island]:
 
 
 def too_small(
-    graph: gs.Graph, placement: Placement, costs: Costs, input_shapes: Mapping[str, Shape] | None = None
+    graph: gs.Graph, placements: Sequence[Placement], costs: Costs, input_shapes: Mapping[str, Shape] | None = None
 ) -> dict[int, str]:
     """By id of a node, why its island does not pay.
 
     Args:
         graph: the float graph.
-        placement: of that graph.
+        placements: of that graph and its branches.
         costs: of its target.
         input_shapes: by input name; None: open sizes are assumed as in `graphopt.sizes`.
     """
-    islands = islands_of(graph, placement)
     sized = at_assumed_sizes(graph)[0] if input_shapes is None else at_sizes(graph, input_shapes)
+    counterparts = dict(zip(map(id, all_graphs(graph)), all_graphs(sized), strict=True))
+    reasons: dict[int, str] = {}
+    for placement in placements:
+        reasons |= _too_small_in(placement, counterparts[id(placement.graph)], costs)
+    return reasons
+
+
+def _too_small_in(placement: Placement, sized: gs.Graph, costs: Costs) -> dict[int, str]:
     macs = count_macs(sized).by_node
     shapes = {tensor.name: fixed_shape(tensor) for node in sized.nodes for tensor in (*node.inputs, *node.outputs)}
     reasons: dict[int, str] = {}
-    for island in islands:
+    for island in islands_of(placement):
         known = [shape for tensor in island.borders if (shape := shapes.get(tensor.name)) is not None]
         counted = [macs.get(node.outputs[0].name, 0) for node in island.nodes]
         if len(known) < len(island.borders) or not any(counted):

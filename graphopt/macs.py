@@ -21,8 +21,12 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from graphopt.frame import GraphKey, nested_key
 from graphopt.graph import bodies
 from graphopt.sizes import Shape, at_assumed_sizes, fixed_shape
+
+Place = tuple[GraphKey, str]
+"""Which graph a node is in, and the name of its first output."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class MacCount:
 
     by_node: dict[str, int]  # by the name of the node's first output; nodes without MACs are left out
     unknown: int  # nodes, nested ones too, that have MACs but a shape that inference does not find
+    operators: dict[Place, int]  # the same where nodes with branches or a body stand for the operators in the larger
 
     @property
     def total(self) -> int:
@@ -47,9 +52,19 @@ def macs_by_node(graph: gs.Graph) -> dict[str, int]:
     return count_macs(sized).by_node
 
 
-def count_macs(sized: gs.Graph) -> MacCount:
-    """Count on a graph whose shapes are inferred."""
+def macs_by_operator(graph: gs.Graph) -> dict[Place, int]:
+    """MACs as in `macs_by_node`, but of the operators themselves, also those in branches and bodies.
+
+    Of an If, those in its larger branch alone.
+    """
+    sized, _ = at_assumed_sizes(graph)
+    return count_macs(sized).operators
+
+
+def count_macs(sized: gs.Graph, key: GraphKey = ()) -> MacCount:
+    """Count on a graph whose shapes are inferred; `key` says where it is in the main graph."""
     by_node: dict[str, int] = {}
+    operators: dict[Place, int] = {}
     unknown = 0
     for node in sized.nodes:
         try:
@@ -57,12 +72,18 @@ def count_macs(sized: gs.Graph) -> MacCount:
         except _UnknownShapeError:
             unknown += 1
             continue
-        nested = [count_macs(body) for body in bodies(node)]
-        macs += max((count.total for count in nested), default=0)
-        unknown += sum(count.unknown for count in nested)
+        if macs:
+            operators[key, node.outputs[0].name] = macs
+        if bodies(node):
+            attributes = [(name, body) for name, body in node.attrs.items() if isinstance(body, gs.Graph)]
+            nested = [count_macs(body, nested_key(key, node, name)) for name, body in attributes]
+            unknown += sum(count.unknown for count in nested)
+            largest = max(nested, key=lambda count: count.total)
+            operators |= largest.operators
+            macs += largest.total
         if macs:
             by_node[node.outputs[0].name] = macs
-    return MacCount(by_node, unknown)
+    return MacCount(by_node, unknown, operators)
 
 
 class _UnknownShapeError(Exception):

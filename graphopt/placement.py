@@ -13,6 +13,9 @@ One propagation, driven by the target's table:
 Tensors joined by operators that only move values share one scale: that of the value's source. A positive constant
 factor changes nothing but the scale by which integers are read, so it costs nothing: x -> Q(s) -> DQ(s * factor). With
 it a hard-swish, x * clip(x + 3, 0, 6) / 6, is an int8 Add whose Q clips, and an int8 Mul whose DQ divides.
+
+Each branch of an If is placed as a graph of its own, in which what it reads from outside is like a graph input and what
+it returns like a graph output. A tensor that is read inside and outside thus has a pair on either side, of one range.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from networkx import DiGraph
 
+from graphopt.branch_tensors import branch_label, range_names, with_branches
 from graphopt.branches import branch_lengths, data_flow
-from graphopt.graph import all_graphs, constant_of, has_input, is_constant, present, producer
+from graphopt.graph import all_graphs, bodies, constant_of, has_input, is_constant, label_of, present, producer
 from graphopt.pass_base import Skip
 from graphopt.targets import Role, Rule, Target
 
@@ -52,18 +56,22 @@ class Activation:
         tensor: what carries the pair.
         source: the tensor whose range it uses: itself, unless it is moved or rescaled from there.
         factor: by which its values are larger than those of `source`.
+        range_name: what ranges call `source`.
     """
 
     tensor: gs.Tensor
     source: gs.Tensor
     factor: float
+    range_name: str
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What carries a quantizer.
+    """What carries a quantizer in one graph: the main one, or a branch of an If.
 
     Attributes:
+        graph: that graph.
+        branch: which branch it is, as "If_0/then_branch"; empty: the main graph.
         nodes: the operators that run in int8.
         activations: by tensor name, what carries a pair.
         rescaled: outputs of operators that a DQ replaces, each with the integers' tensor before it, topologically.
@@ -78,6 +86,8 @@ class Placement:
         skipped: operators that gain from int8 and stay float.
     """
 
+    graph: gs.Graph
+    branch: str
     nodes: tuple[gs.Node, ...]
     activations: Mapping[str, Activation]
     rescaled: tuple[tuple[Activation, gs.Tensor], ...]
@@ -93,11 +103,11 @@ class Placement:
     @property
     def observed(self) -> tuple[str, ...]:
         """Names of the tensors whose ranges calibration must find."""
-        return tuple(dict.fromkeys(each.source.name for each in self.activations.values()))
+        return tuple(dict.fromkeys(each.range_name for each in self.activations.values()))
 
 
-def place(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = None) -> Placement:
-    """Decide where quantizers go.
+def place_all(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = None) -> tuple[Placement, ...]:
+    """Decide where quantizers go, in the graph and in each branch of an If in it, outermost first.
 
     Args:
         graph: a float graph in topological order whose tensors have dtypes and shapes where they can be known
@@ -105,7 +115,15 @@ def place(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = 
         target: the table to follow.
         excluded: by id of a node, why it must stay float.
     """
-    return _Placing(graph, target, excluded or {}).run()
+    names, why = range_names(graph), excluded or {}
+    return tuple(
+        _Placing(each, target, why, names, branch_label(holders)).run() for each, holders in with_branches(graph)
+    )
+
+
+def place(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = None) -> Placement:
+    """Do what `place_all` does for the graph alone, without its branches."""
+    return _Placing(graph, target, excluded or {}, {}, "").run()
 
 
 def node_label(node: gs.Node) -> str:
@@ -131,10 +149,14 @@ def output_channel_axis(node: gs.Node, weight_rank: int) -> int | None:
 class _Placing:
     """The state of one propagation; sets hold `id`s, because graphsurgeon compares by content."""
 
-    def __init__(self, graph: gs.Graph, target: Target, excluded: Mapping[int, str]) -> None:
+    def __init__(
+        self, graph: gs.Graph, target: Target, excluded: Mapping[int, str], names: Mapping[int, str], branch: str
+    ) -> None:
         self.graph = graph
         self.target = target
         self.excluded = excluded
+        self.names = names
+        self.branch = branch
         self.outputs = {id(tensor) for tensor in graph.outputs}
         self.nested_uses = _tensors_used_by_bodies(graph)
         self.skipped: list[Skip] = []
@@ -143,7 +165,7 @@ class _Placing:
     def run(self) -> Placement:
         gaining = [node for node in self.graph.nodes if self._gains(node)]
         self.kept = {id(node): node for node in gaining}
-        self._skip_nested()
+        self._skip_loops()
         if self.target.quantizes_outputs:
             self._join_neighbours()
         edges = [edge for node in self.kept.values() for edge in self._quantized_inputs(node)]
@@ -178,7 +200,7 @@ class _Placing:
         if is_constant(value) and is_constant(weight):
             return "both inputs are constant: run fold first"
         if rule.needs_constant_weight and not is_constant(weight):
-            if any(tensor is weight for tensor in self.graph.inputs):
+            if producer(weight) is None:
                 return f"weight {weight.name} is a graph input that a caller may override: run freeze-inputs first"
             return f"weight {weight.name} is computed at run time"
         return self._too_small(node, rule)
@@ -200,15 +222,15 @@ class _Placing:
             return None
         return f"{channels_in} channels in and {channels_out} out: under {least}, int8 is no faster"
 
-    def _skip_nested(self) -> None:
-        """Operators inside branches and bodies: those of Ifs can be calibrated, but no pairs are placed there yet."""
-        for body in all_graphs(self.graph):
-            if body is self.graph:
+    def _skip_loops(self) -> None:
+        """Operators inside the bodies of loops, whose tensors change from turn to turn and have no ranges."""
+        for holder in self.graph.nodes:
+            if holder.op == "If" and not holder.domain:
                 continue
-            for node in body.nodes:
+            reason = f"it is inside the body of {label_of(holder)} ({holder.op}), where its values cannot be observed"
+            for node in (node for body in bodies(holder) for each in all_graphs(body) for node in each.nodes):
                 rule = self._rule(node)
                 if rule is not None and rule.role is Role.GAINS:
-                    reason = "it is inside a branch or a body, where no pairs are placed yet"
                     self.skipped.append(Skip(node_label(node), reason))
 
     def _join_neighbours(self) -> None:
@@ -269,9 +291,10 @@ class _Placing:
         """The tensors on which the quantizers of a node's outputs stand.
 
         Behind an operator that only moves values there is nothing to absorb: the Q of its input has clipped already.
+        One that is decomposed ends in a factor, and its own range tells those of its parts.
         """
         outputs = present(node.outputs)
-        if self._rule_of(node).role in (Role.COMMUTES, Role.RESCALES):
+        if self._rule_of(node).role in (Role.COMMUTES, Role.RESCALES) or node.op in self.target.decomposed:
             return outputs
         if (bias := self._bias_of(node)) is not None:
             outputs = bias.node.outputs
@@ -373,6 +396,8 @@ class _Placing:
         for output, _ in rescaled:
             tensors.pop(output.tensor.name, None)
         return Placement(
+            graph=self.graph,
+            branch=self.branch,
             nodes=tuple(self.kept.values()),
             activations={name: self._activation(tensor) for name, tensor in tensors.items()},
             rescaled=rescaled,
@@ -416,7 +441,7 @@ class _Placing:
             elif role is not Role.COMMUTES:
                 break
             source = self._quantized_inputs(node)[0].tensor
-        return Activation(tensor, source, factor)
+        return Activation(tensor, source, factor, self.names.get(id(source), source.name))
 
 
 def _factor(node: gs.Node) -> tuple[int, float] | None:

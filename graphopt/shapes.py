@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -72,6 +72,7 @@ def infer_shapes(graph: gs.Graph) -> int:
     """
     proto = export_model(graph, Frame(), _shape_or_header)
     symbols = forget_unknown_sizes(proto.graph)
+    _repeat_outer_constants(proto.graph, {})
     try:
         inferred = shape_inference.infer_shapes(proto, data_prop=True)
     except shape_inference.InferenceError as error:  # even without strict mode, of a node with too few inputs
@@ -90,6 +91,15 @@ def infer_shapes(graph: gs.Graph) -> int:
             if found is not None and isinstance(tensor, gs.Variable) and id(tensor) not in interface:
                 refined += _refine(tensor, found.type.tensor_type, symbols)
     return refined
+
+
+def _repeat_outer_constants(graph: GraphProto, outer: Mapping[str, TensorProto]) -> None:
+    """List the constants that branches and bodies read from outside in them too: else inference has no values there."""
+    known = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
+    for body in (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
+        read = {name for node in body.node for name in node.input} - {tensor.name for tensor in body.initializer}
+        body.initializer.extend(known[name] for name in sorted(read & known.keys()))
+        _repeat_outer_constants(body, known)
 
 
 def _refine(tensor: gs.Variable, found: TypeProto.Tensor, symbols: set[str]) -> bool:

@@ -25,7 +25,7 @@ from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
-from graphopt.placement import place
+from graphopt.placement import place_all
 from graphopt.ranges import Ranges, range_of
 from graphopt.responses import responses
 from graphopt.runtime import open_session
@@ -77,7 +77,8 @@ class Calibrate(Pass):
         """
         model = Model(graph, context.frame)
         infer_shapes(graph)
-        tensors = place(graph, context.target).observed
+        placements = place_all(graph, context.target)
+        tensors = list(dict.fromkeys(name for each in placements for name in each.observed))
         if self.channels and context.samples is None:
             raise PipelineError("calibrate:channels needs data: name them with --data")
         if context.samples is None or self.method is Method.DATA_FREE:

@@ -22,19 +22,18 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from graphopt.autotune import tune
+from graphopt.branch_tensors import branch_tensors
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
-from graphopt.graph import (
-    all_graphs,
-)
+from graphopt.graph import all_graphs
 from graphopt.graph_copy import copy_graph
 from graphopt.hard_activations import decompose_activations
-from graphopt.insertion import Insertion
+from graphopt.insertion import insert_pairs
 from graphopt.islands import islands_of, too_small
 from graphopt.model_io import Model
 from graphopt.opset import raise_opset
-from graphopt.pass_base import Context, Effect, Pass, PassResult
-from graphopt.placement import Placement, node_label, place
+from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.placement import Placement, node_label, place_all
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import unmatched_names
 from graphopt.shapes import infer_shapes
@@ -100,7 +99,7 @@ class InsertQdq(Pass):
         ranges = context.ranges
         if ranges is None:
             raise PipelineError("qdq needs ranges: put calibrate before it, or give a ranges file (--ranges FILE)")
-        if quantized := [node for node in graph.nodes if node.op == "QuantizeLinear"]:
+        if quantized := [node for node in _nodes(graph) if node.op == "QuantizeLinear"]:
             raise PipelineError(
                 f"the model is quantized already ({len(quantized)} QuantizeLinear nodes): to quantize it anew, "
                 "put strip-qdq first"
@@ -109,34 +108,35 @@ class InsertQdq(Pass):
         known = [graph] if context.original is None else [graph, context.original.graph]  # fold removes tensors
         nodes = [node for each in known for node in each.nodes]
         names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
+        names.update(name for each in known for name in (*branch_tensors(each), *(one.name for one in each.inputs)))
         unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
         excluded = self._excluded(graph)
-        placement = _place_with_ranges(graph, target, excluded, ranges)
-        if not placement.nodes:
-            return PassResult(skipped=placement.skipped)
+        placements = _place_with_ranges(graph, target, excluded, ranges)
+        if not any(each.nodes for each in placements):
+            return PassResult(skipped=_skipped(placements))
         least = _PER_CHANNEL_OPSET if target.activation.dtype.itemsize == 1 else _SIXTEEN_BITS_OPSET
         if (note := raise_opset(graph, least)) is not None:  # some nodes are others now
             infer_shapes(graph)
             excluded = self._excluded(graph)
-            placement = _place_with_ranges(graph, target, excluded, ranges)
+            placements = _place_with_ranges(graph, target, excluded, ranges)
         if self.autotune:
-            excluded |= _slower_here(graph, target, placement, excluded, ranges, context)
+            excluded |= _slower_here(graph, target, placements, excluded, ranges, context)
         elif target.costs is not None and not self.small_islands:
             feed = _first_sample(context)
             shapes = None if feed is None else {name: value.shape for name, value in feed.items()}
-            excluded |= too_small(graph, placement, target.costs, shapes)
-        placement = _quantize(graph, target, excluded, ranges)
-        if not placement.nodes:
-            return PassResult(skipped=placement.skipped)
+            excluded |= too_small(graph, placements, target.costs, shapes)
+        placements = _quantize(graph, target, excluded, ranges)
+        operators, activations, weights, operands = (
+            sum(map(len, each))
+            for each in zip(*((at.nodes, at.activations, at.weights, at.operands) for at in placements), strict=True)
+        )
+        if not operators:
+            return PassResult(skipped=_skipped(placements))
         return PassResult(
-            rewrites=len(placement.activations) + len(placement.weights) + len(placement.operands),
-            skipped=placement.skipped,
-            parts={
-                "operators": len(placement.nodes),
-                "activations": len(placement.activations),
-                "weights": len(placement.weights),
-            },
+            rewrites=activations + weights + operands,
+            skipped=_skipped(placements),
+            parts={"operators": operators, "activations": activations, "weights": weights},
             notes=(*((note,) if note else ()), *(target.notes if target is context.target else ())),
             warnings=(unmatched,) if unmatched else (),
         )
@@ -169,7 +169,7 @@ class InsertQdq(Pass):
         Raises:
             PipelineError: a name pattern or an operator type that fits no node.
         """
-        nodes = [node for each in all_graphs(graph) for node in each.nodes]
+        nodes = _nodes(graph)
         excluded = {id(node): "excluded by its operator type" for node in nodes if node.op in self.exclude_ops}
         if unknown := set(self.exclude_ops) - {node.op for node in nodes}:
             raise PipelineError(f"qdq:exclude_ops: the model has no operator {', '.join(sorted(unknown))}")
@@ -181,6 +181,15 @@ class InsertQdq(Pass):
         return excluded
 
 
+def _nodes(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes of the graph and of all graphs in it; those of a copy are in the same order."""
+    return [node for each in all_graphs(graph) for node in each.nodes]
+
+
+def _skipped(placements: Sequence[Placement]) -> tuple[Skip, ...]:
+    return tuple(skip for each in placements for skip in each.skipped)
+
+
 def _first_sample(context: Context) -> Feed | None:
     return None if context.samples is None else next(iter(context.samples), None)
 
@@ -188,7 +197,7 @@ def _first_sample(context: Context) -> Feed | None:
 def _slower_here(
     graph: gs.Graph,
     target: Target,
-    placement: Placement,
+    placements: Sequence[Placement],
     excluded: Mapping[int, str],
     ranges: Ranges,
     context: Context,
@@ -203,45 +212,67 @@ def _slower_here(
     feed = _first_sample(context)
     if feed is None:
         raise PipelineError("qdq:autotune needs inputs to measure with: give --data")
-    islands = islands_of(graph, placement)
-    position_of = {id(node): position for position, node in enumerate(graph.nodes)}
+    islands = [island for placement in placements for island in islands_of(placement)]
+    position_of = {id(node): position for position, node in enumerate(_nodes(graph))}
 
     def build(left_out: Sequence[int]) -> Model:
         copy = copy_graph(graph)
+        nodes = _nodes(copy)
         gone = {id(node) for position in left_out for node in islands[position].nodes}
         floats = {position_of[key]: excluded.get(key, "") for key in (*gone, *excluded) if key in position_of}
-        _quantize(copy, target, {id(copy.nodes[position]): why for position, why in floats.items()}, ranges)
+        _quantize(copy, target, {id(nodes[position]): why for position, why in floats.items()}, ranges)
         return Model(copy, context.frame)
 
     tuned = tune(islands, build, feed, progress=context.progress)
     return {id(node): reason for position, reason in tuned.reasons.items() for node in islands[position].nodes}
 
 
-def _quantize(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> Placement:
+def _quantize(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> tuple[Placement, ...]:
     """Insert the pairs everywhere but at excluded nodes; `excluded` gains those whose ranges are not known."""
-    placement = _place_with_ranges(graph, target, excluded, ranges)
-    if decomposed := [node for node in placement.nodes if node.op in target.decomposed]:
+    placements = _place_with_ranges(graph, target, excluded, ranges)
+    if decomposed := [node for each in placements for node in each.nodes if node.op in target.decomposed]:
         ranges = decompose_activations(graph, decomposed, ranges)
         infer_shapes(graph)
-        placement = _place_with_ranges(graph, target, excluded, ranges)
-    Insertion(graph, target, placement, ranges).run()
-    return placement
+        placements = _place_with_ranges(graph, target, excluded, ranges)
+    insert_pairs(graph, target, placements, ranges)
+    return placements
 
 
-def _place_with_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> Placement:
-    """The placement over tensors whose ranges are known; operators that need another one's pair stay float.
+def _place_with_ranges(
+    graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges
+) -> tuple[Placement, ...]:
+    """The placements over tensors whose ranges are known; operators that need another one's pair stay float.
 
     Raises:
         PipelineError: no range fits the graph.
     """
-    placement = place(graph, target, excluded)
-    if placement.observed and not any(name in ranges.tensors for name in placement.observed):
+    placements = place_all(graph, target, excluded)
+    wanted = [name for each in placements for name in each.observed]
+    if wanted and ranges.tensors and not any(name in ranges.tensors for name in wanted):
         raise PipelineError(
-            f"the ranges are of another model: none is called like this one's tensors ({placement.observed[0]}, ...)"
+            f"the ranges are of another model: none is called like this one's tensors ({wanted[0]}, ...)"
         )
-    while missing := [item for item in placement.activations.items() if item[1].source.name not in ranges.tensors]:
-        for name, activation in missing:
-            for node in placement.users[name]:
-                excluded[id(node)] = f"no range is known for {activation.source.name}"
-        placement = place(graph, target, excluded)
-    return placement
+    for placement in placements:
+        if _is_unseen(placement, ranges):
+            excluded |= {id(node): _UNSEEN.format(placement.branch) for node in placement.nodes}
+    while missing := [
+        (placement.users[name], activation.range_name)
+        for placement in placements
+        for name, activation in placement.activations.items()
+        if activation.range_name not in ranges.tensors
+    ]:
+        for users, name in missing:
+            for node in users:
+                excluded.setdefault(id(node), f"no range is known for {name}")
+        placements = place_all(graph, target, excluded)
+    return placements
+
+
+_UNSEEN = "no sample took the branch {} in calibration, so it has no ranges: calibrate on samples that do"
+
+
+def _is_unseen(placement: Placement, ranges: Ranges) -> bool:
+    """Whether a branch computes tensors that it needs ranges of, and none has one."""
+    own = {id(tensor) for node in placement.graph.nodes for tensor in node.outputs}
+    names = [each.range_name for each in placement.activations.values() if id(each.source) in own]
+    return bool(placement.branch and names) and not any(name in ranges.tensors for name in names)

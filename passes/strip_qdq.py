@@ -81,7 +81,7 @@ class StripQdq(Pass):
         """Strip `graph` and the graphs in it."""
         context.infer_shapes(graph)
         stripping = _Stripping(graph, self.clips)
-        for each in all_graphs(graph):
+        for each in reversed(list(all_graphs(graph))):  # a Q is idle when the DQs in branches are gone too
             stripping.run(each)
         return PassResult(
             rewrites=sum(stripping.parts.values()),
@@ -96,7 +96,7 @@ class _Stripping:
         self.names = Names(root)
         self.named = named_tensors(root)
         self.skipped: list[Skip] = []
-        self.clipped: dict[tuple[int, float | None, float | None], gs.Tensor] = {}  # a Q may have several DQ
+        self.clipped: dict[tuple[int, int, float | None, float | None], gs.Tensor] = {}  # a Q may have several DQ
         self.parts = {"activations": 0, "weights": 0, "clips kept": 0, "factors kept": 0}
 
     def run(self, graph: gs.Graph) -> None:
@@ -175,7 +175,7 @@ class _Stripping:
         return (0.0, None) if low == 0 else (None, 0.0)
 
     def _clip(self, graph: gs.Graph, quantizer: Quantizer, low: float | None, high: float | None) -> gs.Tensor:
-        key = id(quantizer.node), low, high
+        key = id(graph), id(quantizer.node), low, high
         if key not in self.clipped:
             self.clipped[key] = self._clip_node(graph, quantizer, low, high)
             self.parts["clips kept"] += 1

@@ -3,7 +3,7 @@ import onnx.parser
 import pytest
 from zoo import zoo_feeds, zoo_model
 
-from graphopt.branch_tensors import branch_tensors, with_branch_outputs
+from graphopt.branch_tensors import branch_label, branch_tensors, with_branch_outputs, with_branches
 from graphopt.data import load_samples
 from graphopt.errors import DataError
 from graphopt.feeds import Samples
@@ -97,6 +97,22 @@ def test_a_copy_has_the_same_names():
     model = nested()
     assert list(branch_tensors(model.graph)) == list(branch_tensors(model.copy().graph))
     assert {"c/then_branch/same", "c/else_branch/same", "deep", "a"} <= set(branch_tensors(model.graph))
+
+
+def test_the_branches_are_those_of_ifs_and_not_in_loops():
+    loop = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[N] x, bool go, int64 turns) => (float[N] y) {
+            y = Loop (turns, go, x) <body = b (int64 i, bool on, float[N] z) => (bool out, float[N] u) {
+                out = Identity (on)
+                u = If (on) <then_branch = t () => (float[N] a) { a = Neg (z) },
+                             else_branch = e () => (float[N] c) { c = Abs (z) }> }>
+        }
+    """)
+    assert [branch_label(holders) for _, holders in with_branches(load_model(loop).graph)] == [""]
+    assert [branch_label(holders) for _, holders in with_branches(nested().graph)] == [
+        *("", "c/then_branch", "c/then_branch/d/then_branch", "c/then_branch/d/else_branch", "c/else_branch"),
+    ]
 
 
 @pytest.mark.zoo

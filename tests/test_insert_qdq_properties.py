@@ -33,16 +33,26 @@ STEPS = {
 }
 
 
-def model_with(steps, outputs):
-    """Steps one after the other; the results at the given places are graph outputs too."""
+def model_with(steps, outputs, *, inside=False):
+    """Steps one after the other; the results at the given places are graph outputs too.
+
+    Inside: all of it is in one branch of an If, with the same steps, backwards, in the other.
+    """
     lines, last = [], "x"
     for index, step in enumerate(steps):
         lines.append(STEPS[step].format(x=last, out=f"t{index}"))
         last = f"t{index}"
     names = dict.fromkeys([*(f"t{index}" for index in sorted(outputs)), last])
+    if inside:
+        other = [STEPS[step].format(x=f"t{index + 1}", out=f"t{index}") for index, step in enumerate(steps)][::-1]
+        kind, first = "float[2,8,6,6]", f"t{len(steps)} = Identity(x)"
+        then = f"then_branch = t () => ({kind} {last}) {{ {' '.join(lines)} }}"
+        lines = [f"y = If (flag) <{then}, else_branch = e () => ({kind} t0) {{ {first} {' '.join(other)} }}>"]
+        names = {"y": None}
     return model_of(f"""
         <ir_version: 8, opset_import: ["" : 17]>
-        net (float[2,8,6,6] x) => ({", ".join(f"float[2,8,6,6] {name}" for name in names)})
+        net (float[2,8,6,6] x{", bool flag" if inside else ""})
+        => ({", ".join(f"float[2,8,6,6] {name}" for name in names)})
         <float two = {{2}}, float minus = {{-0.7}}, float zero = {{0}}, float three = {{3}}, float six = {{6}},
          float[8,8,3,3] w, int64[8] pads = {{0,0,1,1,0,0,1,1}}, int64[8] below = {{0,0,0,0,0,0,2,0}},
          int64[1] start = {{0}}, int64[1] end = {{6}}, int64[1] axes = {{2}}>
@@ -59,24 +69,39 @@ def test_a_quantized_graph_stays_close_to_the_float_one(steps, places, target):
     check(steps, {place for place in places if place < len(steps)}, target)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),
+    target=st.sampled_from(["ort-cpu", "tensorrt"]),
+)
+def test_quantized_branches_stay_close_to_the_float_ones(steps, target):
+    check_model(model_with(steps, set(), inside=True), target, flags=(True, False))
+
+
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
 def test_a_factor_that_is_a_graph_output_keeps_its_name(target):
     check(["conv", "factor", "conv"], {1}, target)
 
 
 def check(steps, places, target):
-    model = model_with(steps, places)
+    check_model(model_with(steps, places), target)
+
+
+def check_model(model, target, flags=()):
+    """The quantized model is close to the float one, on one feed or, for models with a flag, on one for each."""
     feed = {"x": np.random.default_rng(0).normal(size=(2, 8, 6, 6)).astype(np.float32)}
-    expected = open_session(model).run(feed)
+    feeds = [feed | {"flag": np.array(flag)} for flag in flags] or [feed]
     loaded = load_model(model)
     context = Context(target=target_named(target))
-    context.samples = load_samples([feed], open_session(model).inputs)
+    context.samples = load_samples(feeds, open_session(model).inputs)
     Calibrate().apply(loaded.graph, context)
     InsertQdq(small_islands=True).apply(loaded.graph, context)
     quantized = loaded.to_proto()
-    for optimize in (True, False):
-        found = open_session(quantized, optimize=optimize).run(feed)
-        assert list(found) == list(expected)
-        for name, values in expected.items():
-            noise = float(((values - found[name]) ** 2).mean())
-            assert noise <= 0.02 * float((values**2).mean()) + 1e-6, (name, steps, optimize)
+    for feed in feeds:
+        expected = open_session(model).run(feed)
+        for optimize in (True, False):
+            found = open_session(quantized, optimize=optimize).run(feed)
+            assert list(found) == list(expected)
+            for name, values in expected.items():
+                noise = float(((values - found[name]) ** 2).mean())
+                assert noise <= 0.02 * float((values**2).mean()) + 1e-6, (name, optimize)

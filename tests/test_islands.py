@@ -11,7 +11,7 @@ from graphopt.autotune import tune
 from graphopt.errors import PipelineError
 from graphopt.islands import islands_of, too_small
 from graphopt.model_io import load_model
-from graphopt.placement import place
+from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
 from graphopt.targets import Costs
 from graphopt.targets.ort_cpu import ORT_CPU
@@ -22,7 +22,7 @@ COSTS = Costs(saved_ns_per_mac={"Conv": 0.01}, border_ns=1000, border_ns_per_ele
 
 def islands(body):
     graph = graph_of(body)
-    return graph, islands_of(graph, place(graph, ORT_CPU))
+    return graph, islands_of(place(graph, ORT_CPU))
 
 
 def test_a_float_operator_between_them_parts_two_islands():
@@ -38,28 +38,28 @@ def test_an_absorbed_activation_and_a_residual_join_an_island():
 
 def test_a_factor_joins_an_island():
     graph = graph_of(f"c = {CONV}(x, w, b) m = Mul(c, k) y = {CONV}(m, w, b)", weights="float k = {2}")
-    assert len(islands_of(graph, place(graph, ORT_CPU))) == 1
+    assert len(islands_of(place(graph, ORT_CPU))) == 1
 
 
 @pytest.mark.parametrize(("spent", "stays"), [(1000, False), (2_000_000, True)])
 def test_an_island_that_saves_less_than_its_conversions_cost_is_named(spent, stays):
     graph, found = islands(TWO_ISLANDS)
     costs = Costs(saved_ns_per_mac={"Conv": 1.0}, border_ns=spent, border_ns_per_element=0.0)
-    reasons = too_small(graph, place(graph, ORT_CPU), costs)
+    reasons = too_small(graph, place_all(graph, ORT_CPU), costs)
     assert set(reasons) == ({id(node) for island in found for node in island.nodes} if stays else set())
     assert all("MACs between float operators" in reason for reason in reasons.values())
 
 
 def test_the_sizes_of_the_inputs_decide_what_is_too_small():
     graph, _ = islands(f"y = {CONV}(x, w, b)")
-    placement = place(graph, ORT_CPU)
-    assert too_small(graph, placement, COSTS, {"x": (1, 16, 8, 8)})
-    assert not too_small(graph, placement, COSTS, {"x": (64, 16, 8, 8)})
+    placements = place_all(graph, ORT_CPU)
+    assert too_small(graph, placements, COSTS, {"x": (1, 16, 8, 8)})
+    assert not too_small(graph, placements, COSTS, {"x": (64, 16, 8, 8)})
 
 
 def test_a_depthwise_conv_alone_saves_nothing():
     graph = graph_of("y = Conv<pads=[1,1,1,1], group=16>(x, k, b)", weights="float[16,1,3,3] k")
-    assert too_small(graph, place(graph, ORT_CPU), COSTS, {"x": (1000, 16, 8, 8)})
+    assert too_small(graph, place_all(graph, ORT_CPU), COSTS, {"x": (1000, 16, 8, 8)})
 
 
 def test_small_islands_stay_float_with_the_reason_unless_asked_for():

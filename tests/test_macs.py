@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx.parser
 import pytest
 
-from graphopt.macs import count_macs, macs_by_node
+from graphopt.macs import count_macs, macs_by_node, macs_by_operator
 from graphopt.model_io import load_model
 from graphopt.sizes import at_assumed_sizes
 
@@ -132,6 +132,18 @@ def test_counts_the_larger_branch_of_an_if() -> None:
         >
         """,
     ) == {"y": 90}
+
+
+def test_names_the_operators_of_the_larger_branch() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (bool c, float[2,3] a, float[3,5] b) => (float[2,5] y) {
+        h = MatMul (a, b)
+        y = If (c) <
+            then_branch = small () => (float[2,5] s) { s = Identity (h) },
+            else_branch = large () => (float[2,5] l) { k = MatMul (a, b) l = Add (h, k) }
+        >
+    }"""
+    graph = load_model(onnx.parser.parse_model(text)).graph
+    assert macs_by_operator(graph) == {((), "h"): 30, (("y", "else_branch"), "k"): 30}
 
 
 def test_says_how_many_nodes_have_no_known_shape() -> None:

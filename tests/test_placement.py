@@ -4,7 +4,7 @@ import pytest
 from texts import model_of
 
 from graphopt.model_io import load_model
-from graphopt.placement import place
+from graphopt.placement import place, place_all
 from graphopt.shapes import infer_shapes
 from graphopt.targets.ort_cpu import ORT_CPU
 from graphopt.targets.tensorrt import TENSORRT
@@ -184,16 +184,17 @@ def test_an_excluded_node_stays_float_with_the_reason_given():
     assert quantized(placement) == {"c", "y"}
 
 
-def test_operators_inside_a_branch_are_left_alone_and_reported():
+def test_a_branch_is_placed_as_a_graph_of_its_own():
     graph = graph_of(
         """y = If (flag) <
              then_branch = yes () => (float[N,16,8,8] t) { t = Conv<pads=[1,1,1,1]>(x, w, b) },
              else_branch = no () => (float[N,16,8,8] e) { e = Identity(x) }>""",
         inputs="float[N,16,8,8] x, bool flag",
     )
-    placement = place(graph, ORT_CPU)
-    assert not placement.nodes
-    assert "branch" in placement.skipped[0].reason
+    outside, yes, no = place_all(graph, ORT_CPU)
+    assert not outside.nodes and not outside.skipped and not no.nodes
+    assert (yes.branch, operators(yes), quantized(yes)) == ("y/then_branch", ["Conv"], {"x", "t"})
+    assert not place(graph, ORT_CPU).nodes
 
 
 def test_a_positive_factor_costs_ort_a_scale_and_no_quantizer():
@@ -202,6 +203,14 @@ def test_a_positive_factor_costs_ort_a_scale_and_no_quantizer():
     assert quantized(placement) == {"x", "c", "y"}
     ((activation, before),) = placement.rescaled
     assert (activation.tensor.name, activation.source.name, activation.factor, before.name) == ("m", "c", 2.0, "c")
+
+
+@pytest.mark.parametrize("operator", ["HardSwish", "HardSigmoid"])
+def test_nothing_is_absorbed_into_an_operator_that_is_decomposed(operator):
+    graph = graph_of(f"c = {CONV}(x, w, b) h = {operator}(c) r = Relu(h) a = Add(h, r) y = {CONV}(a, w, b)")
+    assert "h" in quantized(place(graph, ORT_CPU))
+    alone = graph_of(f"c = {CONV}(x, w, b) h = {operator}(c) r = Relu(h) y = {CONV}(r, w, b)")
+    assert operators(place(alone, ORT_CPU)) == ["Conv", "Conv"]
 
 
 @pytest.mark.parametrize("constant", ["float k = {-2}", "float k = {0}", "float[16,1,1] k"])

@@ -7,6 +7,7 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
+from graphopt.graph import all_graphs
 from graphopt.model_io import load_model
 from graphopt.sizes import at_assumed_sizes, fixed_shape, nbytes
 
@@ -45,6 +46,20 @@ def test_leaves_unknown_what_depends_on_an_input_without_a_shape() -> None:
     sized, assumed = at_assumed_sizes(gs.Graph([gs.Node("Relu", "", {}, [x], [y])], [x], [y], opset=17))
     assert assumed == {}
     assert shape_in(sized, "y") is None
+
+
+def test_branches_know_the_constants_that_they_read_from_outside() -> None:
+    graph = graph_of("""g (bool c, float[2, 3] x) => (float[?, ?, ?] y) <int64[1] axis = {1}> {
+        y = If (c) <
+            then_branch = t () => (float[?, ?, ?] a) { a = Unsqueeze (x, axis) },
+            else_branch = e () => (float[?, ?, ?] b) {
+                b = If (c) <then_branch = tt () => (float[?, ?, ?] d) { d = Unsqueeze (x, axis) },
+                            else_branch = te () => (float[?, ?, ?] f) { g = Neg (x) f = Unsqueeze (g, axis) }>
+            }
+        >
+    }""")
+    sized, _ = at_assumed_sizes(graph)
+    assert {fixed_shape(each.outputs[0]) for each in all_graphs(sized)} == {(2, 1, 3)}
 
 
 @pytest.mark.parametrize(

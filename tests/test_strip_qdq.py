@@ -199,6 +199,22 @@ def test_pairs_in_branches_go():
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
 
 
+def test_a_quantizer_outside_of_two_branches_goes_with_the_dequantizers_in_them():
+    body = (
+        "n = Neg(x) q = QuantizeLinear(n, s, low) keep = If(flag) <"
+        "then_branch = g1 () => (a) { d = DequantizeLinear(q, s, low) a = Neg(d) },"
+        "else_branch = g2 () => (e) { f = DequantizeLinear(q, s, low) e = Abs(f) }> y = Sigmoid(keep)"
+    )
+    after, result = stripped(model_with(body, inputs="float[2,4,3,3] x, bool flag"), clips=Clips.RELU)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(after))
+    assert result.parts["clips kept"] == 2  # a branch cannot read the Relu that is in the other
+    for flag, operator in ((True, "Neg"), (False, "Abs")):
+        x = np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)
+        found = open_session(after).run({"x": x, "flag": np.asarray(flag)})["y"]
+        wanted = open_session(model_with(f"n = Neg(x) r = Relu(n) k = {operator}(r) y = Sigmoid(k)")).run({"x": x})["y"]
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

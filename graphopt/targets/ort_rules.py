@@ -13,10 +13,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import ModelError
+from graphopt.frame import gs_graphs
 from graphopt.graph import constant_of, label_of
 from graphopt.int8_proof import Int8Proof
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
-from graphopt.macs import macs_by_node
+from graphopt.macs import Place, macs_by_operator
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight
 from graphopt.targets.ort_float import float_operators, proof, scale_axis
 from graphopt.targets.target import Role
@@ -166,28 +167,35 @@ def figures(subject: Subject) -> Mapping[str, int | float]:
     macs = subject.shared(_macs)
     if total := sum(macs.values()):
         in_int8 = _in_int8(subject)
-        counted["share of MACs in int8"] = sum(macs.get(name, 0) for name in in_int8) / total
+        counted["share of MACs in int8"] = sum(macs.get(place, 0) for place in in_int8) / total
     return counted
 
 
-def _macs(subject: Subject) -> Mapping[str, int]:
+def _macs(subject: Subject) -> Mapping[Place, int]:
     try:
-        return macs_by_node(subject.model.graph)
+        return macs_by_operator(subject.model.graph)
     except ModelError:  # shape inference refuses it
         return {}
 
 
-def _in_int8(subject: Subject) -> set[str]:
-    """First outputs of the nodes with MACs that run in int8."""
+def _in_int8(subject: Subject) -> set[Place]:
+    """The nodes with MACs that run in int8."""
     found = subject.shared(proof)
     if isinstance(found, Int8Proof):
-        return {node.outputs[0].name for node in subject.nodes if id(node) in found.in_int8 and node.outputs}
-    in_float = {id(each.node) for each in subject.shared(float_operators)}
-    rules = subject.target.rules
+        in_int8 = found.in_int8
+    else:
+        in_float = {id(each.node) for each in subject.shared(float_operators)}
+        rules = subject.target.rules
+        in_int8 = frozenset(
+            id(node)
+            for node in subject.nodes
+            if node.op.startswith("QLinear") or (node.op in rules and id(node) not in in_float and subject.quantizers)
+        )
     return {
-        node.outputs[0].name
-        for node in subject.nodes
-        if node.op.startswith("QLinear") or (node.op in rules and id(node) not in in_float and subject.quantizers)
+        (key, node.outputs[0].name)
+        for key, graph in gs_graphs(subject.model.graph)
+        for node in graph.nodes
+        if id(node) in in_int8 and node.outputs
     }
 
 

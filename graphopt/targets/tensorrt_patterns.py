@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import is_constant, producer
+from graphopt.graph import all_graphs, is_constant, producer
 from graphopt.lint_rule import Subject
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight, quantizer_of, quantizers_after
 
@@ -77,8 +77,9 @@ def reads_a_quantized_operator(node: gs.Node) -> bool:
 
 
 def second_quantizers(subject: Subject) -> Iterator[tuple[Quantizer, Quantizer]]:
-    """The first quantizer of a tensor with each other one."""
-    first: dict[int, Quantizer] = {}
-    for each in subject.quantizers:
-        if each.quantizes and first.setdefault(id(each.data), each) is not each:
-            yield first[id(each.data)], each
+    """The first quantizer of a tensor with each other one of the same graph: each branch of an If has its own."""
+    for graph in all_graphs(subject.model.graph):
+        first: dict[int, Quantizer] = {}
+        for each in filter(None, map(quantizer_of, graph.nodes)):
+            if each.quantizes and first.setdefault(id(each.data), each) is not each:
+                yield first[id(each.data)], each
