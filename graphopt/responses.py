@@ -19,6 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from graphopt.branch_tensors import range_names, with_branches
 from graphopt.evaluate import evaluate
 from graphopt.graph import constant_of, present
 from graphopt.graph_export import opset_imports
@@ -65,20 +66,19 @@ class Response:
 
 
 def responses(graph: gs.Graph, names: Iterable[str]) -> dict[str, Response]:
-    """The response of each of the named tensors of `graph` that has one; the body of a node is no part of it."""
-    position = {id(node): index for index, node in enumerate(graph.nodes)}
-    ends = {id(tensor) for tensor in graph.outputs}
-    tensors = {tensor.name: tensor for node in graph.nodes for tensor in present(node.outputs)}
-    tensors.update((tensor.name, tensor) for tensor in graph.inputs)
-    imports = opset_imports(graph)
+    """The responses that tensors have, those in branches of Ifs too, by the names that ranges have for them."""
+    wanted, imports, known_as = set(names), opset_imports(graph), range_names(graph)
     found: dict[str, Response] = {}
-    for name in names:
-        tensor = tensors.get(name)
-        if tensor is None or tensor.dtype != np.float32 or id(tensor) in ends:
-            continue
-        nodes = _nodes_behind(tensor, position, ends)
-        if nodes and (response := _response(tensor, nodes, imports)) is not None:
-            found[name] = response
+    for each, _ in with_branches(graph):
+        position = {id(node): index for index, node in enumerate(each.nodes)}
+        ends = {id(tensor) for tensor in each.outputs}
+        for tensor in (*each.inputs, *(tensor for node in each.nodes for tensor in present(node.outputs))):
+            name = known_as.get(id(tensor), tensor.name)
+            if name not in wanted or tensor.dtype != np.float32 or id(tensor) in ends:
+                continue
+            nodes = _nodes_behind(tensor, position, ends)
+            if nodes and (response := _response(tensor, nodes, imports)) is not None:
+                found[name] = response
     return found
 
 

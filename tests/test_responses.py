@@ -110,6 +110,25 @@ def test_graph_outputs_and_bodies_see_the_tensor_itself():
     assert not responses(graph, ["y"])
 
 
+def test_tensors_in_branches_have_responses_too():
+    def branch(op):
+        y = gs.Variable("y", np.float32, [1, 2, 4, 4])
+        nodes = [gs.Node("Identity", inputs=[x], outputs=[y])]
+        pooled = gs.Variable(f"pooled_{op}", np.float32)
+        nodes.append(gs.Node("GlobalMaxPool", inputs=[node_behind(op, y, nodes)], outputs=[pooled]))
+        return gs.Graph(nodes, outputs=[pooled], opset=17)
+
+    x = gs.Variable("x", np.float32, [1, 2, 4, 4])
+    condition, chosen = gs.Variable("condition", np.bool_, []), gs.Variable("chosen", np.float32)
+    branches = {"then_branch": branch("Tanh"), "else_branch": branch("Neg")}
+    node = gs.Node("If", "choice", inputs=[condition], outputs=[chosen], attrs=branches)
+    graph = gs.Graph([node], inputs=[x, condition], outputs=[chosen], opset=17)
+    found = responses(graph, ["choice/then_branch/y", "choice/else_branch/y", "x"])
+    assert {name: float(each.at(np.array(50.0))) for name, each in found.items()} == pytest.approx(
+        {"choice/then_branch/y": 1, "choice/else_branch/y": -50}, rel=1e-5
+    )
+
+
 def histogram_of(values):
     histogram = Histogram()
     histogram.add(np.asarray(values, np.float32))
