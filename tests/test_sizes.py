@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from graphopt.model_io import load_model
-from graphopt.sizes import at_assumed_sizes, fixed_shape, nbytes
+from graphopt.sizes import at_assumed_sizes, at_sizes, fixed_shape, nbytes
 
 
 def graph_of(text: str, opset: int = 17) -> gs.Graph:
@@ -45,6 +45,17 @@ def test_leaves_unknown_what_depends_on_an_input_without_a_shape() -> None:
     sized, assumed = at_assumed_sizes(gs.Graph([gs.Node("Relu", "", {}, [x], [y])], [x], [y], opset=17))
     assert assumed == {}
     assert shape_in(sized, "y") is None
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_follows_sizes_that_the_model_computes_from_those_of_the_inputs(opset: int) -> None:
+    graph = graph_of(
+        """g (float[N, 4, W] x) => (float[A, B] y) <int64[1] zero = {0}, int64[1] one = {1}, int64[1] rest = {-1}>
+        { s = Shape (x) n = Slice (s, zero, one, zero) t = Concat <axis = 0> (n, rest) y = Reshape (x, t) }""",
+        opset,
+    )
+    assert shape_in(at_sizes(graph, {"x": (2, 4, 5)}), "y") == (2, 20)
+    assert graph.opset == opset
 
 
 @pytest.mark.parametrize(
