@@ -96,7 +96,7 @@ def measure(case: Case, kinds: tuple[str, ...], rounds: int) -> dict[str, dict[s
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{case.name}: {kind} failed: {done.stderr.strip().splitlines()[-1]}")
-            measured = json.loads(done.stdout)
+            measured = json.loads(done.stdout.splitlines()[-1])  # onnxruntime prints, too
             kept = best.setdefault(kind, measured)
             best[kind] = {key: min(kept[key], measured[key]) for key in measured}
     return best
