@@ -18,7 +18,8 @@ let it stand for a Relu or a Clip that they remove, and then it is part of the n
 - A zero point at the highest value: the same, upside down.
 - With other zero points, nothing tells a calibrated range from a Clip that was removed; both ends go. `clips=all` keeps
   those of every activation.
-- With different scales, the pair was made by hand, such as for hard-swish, and clips on purpose: both ends stay.
+- With different scales and a zero point at the lowest or highest value, the pair was made on purpose, such as for
+  hard-swish, and clips on purpose: both ends stay.
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
 computed at run time, blocks, a stored tensor that others than DequantizeLinear read (operators that compute with
@@ -186,7 +187,7 @@ class _Stripping:
         factor, shift = change_by(quantizer, dequantizer)
         low, high = ends_of(quantizer)
         changes = bool(np.any(factor != 1) or np.any(shift != 0))
-        if not changes and self.clips is not Clips.ALL:
+        if self.clips is not Clips.ALL and not (changes and 0 in (low, high)):
             low, high = self._meant_ends(quantizer, low, high)
         if quantizer.is_per_tensor and (low is not None or high is not None):
             values = self._clip(graph, quantizer, low, high)

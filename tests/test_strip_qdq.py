@@ -7,6 +7,7 @@ import onnx
 import onnx.parser
 import pytest
 from comparing import assert_equal_outputs, build, ops
+from zoo import zoo_feeds, zoo_model
 
 import graphopt
 from graphopt.cli import main
@@ -415,3 +416,20 @@ def test_what_onnxruntimes_tool_quantized_comes_back(per_channel, activation, sy
     after, _ = stripped(onnx.load(other))
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(after))
     assert sqnr(source, after) > max(40 if per_channel else 35, sqnr(source, other))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["blazeface_front", "ppocr_cls_mobile_v2", "ppocrv4_det"])
+def test_a_real_model_that_qdq_quantized_comes_back_but_for_rounded_weights(name, tmp_path):
+    data = str(zoo_feeds(name, "calibration"))
+    options = ["--data", data, "--samples", "2", "--no-verify", "-o"]
+    passes = ["fold", "fold,calibrate:method=minmax,qdq:int8_weights=off", "strip-qdq:clips=none"]
+    folded, quantized, after = (tmp_path / f"{step}.onnx" for step in ("folded", "quantized", "after"))
+    for source, text, out in zip(
+        (zoo_model(name), zoo_model(name), quantized), passes, (folded, quantized, after), strict=True
+    ):
+        assert main(["optimize", str(source), "--passes", text, *options, str(out)]) == 0
+    assert "QuantizeLinear" in ops(onnx.load(quantized))
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(onnx.load(after)))
+    outputs = graphopt.check(folded, after, data=data, samples=2).comparison.outputs
+    assert min(row.sqnr_db for row in outputs) > 100
