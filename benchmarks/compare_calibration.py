@@ -73,22 +73,16 @@ def once(kind: str, model: str, data: str, samples: int) -> dict[str, Any]:
 
 def _peer(method: str, model: str, data: str, samples: int) -> dict[str, Any]:
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
+    from quantize_once import Reader
 
     from graphopt.data import load_samples
     from graphopt.runtime import open_session
 
-    feeds = iter(load_samples(data, open_session(Path(model)).inputs, limit=samples))
-
-    class Reader:
-        """The samples in the form that onnxruntime asks for."""
-
-        def get_next(self) -> Any:
-            return next(feeds, None)
-
+    feeds = load_samples(data, open_session(Path(model)).inputs, limit=samples)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         calibrator = create_calibrator(model, None, f"{folder}/augmented.onnx", getattr(CalibrationMethod, method))
-        calibrator.collect_data(Reader())
+        calibrator.collect_data(Reader(feeds))
         calibrator.compute_data()
     return {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}
 
@@ -102,7 +96,7 @@ def measure(case: Case, kinds: tuple[str, ...], rounds: int) -> dict[str, dict[s
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{case.name}: {kind} failed: {done.stderr.strip().splitlines()[-1]}")
-            measured = json.loads(done.stdout)
+            measured = json.loads(done.stdout.splitlines()[-1])  # onnxruntime prints, too
             kept = best.setdefault(kind, measured)
             best[kind] = {key: min(kept[key], measured[key]) for key in measured}
     return best

@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 import graphopt
+from graphopt.feeds import Feed
 from graphopt.model_io import Model
-from graphopt.runtime import open_session
+from graphopt.runtime import Session, open_session
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 sys.path.insert(0, str(MODELS))
@@ -27,15 +31,24 @@ BATCH = 250
 STEPS = {"cut alone": "", "absorb": ",refit:steps=absorb", "refit": ",refit:steps=refit", "all steps": ",refit"}
 
 
+def classes(session: Session, samples: Iterable[Feed]) -> fashion_mnist.Labels:
+    """The class with the largest score of each sample, whatever the shape of the scores before it."""
+    found = []
+    for feed in samples:
+        (scores, *_) = session.run(feed).values()
+        found.append(np.asarray(scores).reshape(-1, scores.shape[-1]).argmax(axis=1))
+    return np.concatenate(found)
+
+
+def batches(images: fashion_mnist.Floats, name: str) -> list[Feed]:
+    """Images as feeds of the input of that name."""
+    return [{name: images[start : start + BATCH]} for start in range(0, len(images), BATCH)]
+
+
 def accuracy(model: Model, images: fashion_mnist.Floats, labels: fashion_mnist.Labels) -> float:
     """Return the share of images whose largest output is the right class."""
     session = open_session(model)
-    right = 0
-    for start in range(0, len(images), BATCH):
-        part = slice(start, start + BATCH)
-        (scores,) = session.run({session.inputs[0].name: images[part]}).values()
-        right += int((scores.argmax(axis=1) == labels[part]).sum())
-    return right / len(images)
+    return float((classes(session, batches(images, session.inputs[0].name)) == labels).mean())
 
 
 def main() -> None:

@@ -14,22 +14,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from zoo_table import ROOT, places
+from compare_recovery import batches, classes, fashion_mnist, fetch
+from zoo_table import places
 
 import graphopt
 from graphopt.data import load_samples
 from graphopt.errors import GraphoptError
-from graphopt.feeds import Samples
 from graphopt.model_io import Model, load_model
-from graphopt.runtime import Session, measure_latency, open_session
+from graphopt.runtime import measure_latency, open_session
 
-sys.path.insert(0, str(ROOT / "models"))
-
-import fashion_mnist
-import fetch
-
-BATCH = 250
 NETS = {
     "fmnist_resnet": "prune:macs={macs}",
     "fmnist_mbv2": "prune:macs={macs}",
@@ -57,15 +50,6 @@ def stages(model: Path, data: str, macs: float, cut: str, target: str) -> list[t
     ]
 
 
-def top1(session: Session, samples: Samples) -> np.ndarray:
-    """The class with the largest score of each sample, whatever the shape of the scores before it."""
-    classes = []
-    for feed in samples:
-        (scores, *_) = session.run(feed).values()
-        classes.append(np.asarray(scores).reshape(-1, scores.shape[-1]).argmax(axis=1))
-    return np.concatenate(classes)
-
-
 def measure(name: str, zoo: Path, macs: float, limit: int | None) -> list[str]:
     """The lines of one net."""
     model, calibration, evaluation = places(name, zoo)
@@ -75,9 +59,9 @@ def measure(name: str, zoo: Path, macs: float, limit: int | None) -> list[str]:
     if name.startswith("fmnist"):
         images, labels = fashion_mnist.load_split("t10k", zoo)
         images, labels = images[:limit], labels[:limit]
-        samples = [{"input": images[start : start + BATCH]} for start in range(0, len(images), BATCH)]
+        samples = batches(images, sessions[0].inputs[0].name)
     held_out = load_samples(samples, sessions[0].inputs, limit=limit)
-    expected = top1(sessions[0], held_out)
+    expected = classes(sessions[0], held_out)
     latencies = measure_latency(
         sessions, next(iter(load_samples(calibration, sessions[0].inputs, limit=1))), seconds=1.5 * len(sessions)
     )
@@ -85,9 +69,9 @@ def measure(name: str, zoo: Path, macs: float, limit: int | None) -> list[str]:
     lines = []
     for (stage, each), session, latency in zip(found, sessions, latencies, strict=True):
         inspected = graphopt.inspect(each if isinstance(each, Path) else each.to_proto())
-        classes = top1(session, held_out)
-        agreement = float((classes == expected).mean())
-        accuracy = "" if labels is None else f"{float((classes == labels).mean()):.4f}"
+        found_classes = classes(session, held_out)
+        agreement = float((found_classes == expected).mean())
+        accuracy = "" if labels is None else f"{float((found_classes == labels).mean()):.4f}"
         cells = [
             name,
             stage,

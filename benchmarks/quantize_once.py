@@ -7,19 +7,31 @@ run in int8 and why others do not. `compare_quantizers.py` runs it.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from simplify_once import peak_mb
 
 from graphopt.data import load_samples
 from graphopt.feeds import Feed
 from graphopt.runtime import open_session
 
 Measured = dict[str, Any]
+
+
+class Reader:
+    """Feeds in the form that onnxruntime's calibrators ask for."""
+
+    def __init__(self, feeds: Iterable[Feed]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        """The next feed, None behind the last."""
+        return next(self._feeds, None)
 
 
 def run_graphopt(model: Path, data: str, out: Path, setting: str, method: str) -> Measured:
@@ -54,15 +66,6 @@ def run_onnxruntime(model: Path, data: str, out: Path, activations: str, method:
     samples = load_samples(data, open_session(model).inputs)
     unsigned = activations == "u8"
 
-    class Reader:
-        """The feeds in the form that onnxruntime asks for."""
-
-        def __init__(self) -> None:
-            self.feeds: Iterator[Feed] = iter(samples)
-
-        def get_next(self) -> Feed | None:
-            return next(self.feeds, None)
-
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         raised, prepared = Path(folder) / "raised.onnx", Path(folder) / "prepared.onnx"
@@ -75,7 +78,7 @@ def run_onnxruntime(model: Path, data: str, out: Path, activations: str, method:
         quantize_static(
             prepared,
             out,
-            Reader(),
+            Reader(samples),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8 if unsigned else QuantType.QInt8,
@@ -105,7 +108,7 @@ def main() -> None:
         measured = run_onnxruntime(Path(model), data, Path(out), setting, method)
     else:
         measured = run_inference(Path(model), data)
-    print(json.dumps(measured | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps(measured | {"peak_mb": peak_mb()}))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,25 @@ class Tuned:
     """What was measured.
 
     Attributes:
+        islands: how many there are.
         reasons: by the position of an island, why it stays float.
         float_seconds: median latency of the float graph.
+        int8_seconds: that of the graph with all islands.
         seconds: that of the graph with the islands that pay.
     """
 
+    islands: int
     reasons: dict[int, str]
     float_seconds: float
+    int8_seconds: float
     seconds: float
+
+    def __str__(self) -> str:
+        """What the report says."""
+        left, kind = len(self.reasons), "island" if self.islands == 1 else "islands"
+        before = f"{_milliseconds(self.float_seconds)} in float, {_milliseconds(self.int8_seconds)} in int8"
+        after = f"{_milliseconds(self.seconds)} with {left} of {self.islands} {kind} left in float"
+        return f"measured on this machine: {before}, {after}"
 
 
 def tune(
@@ -48,27 +59,34 @@ def tune(
         islands: all that there are.
         build: the model with the islands at some positions left in float.
         feed: the inputs to measure with.
-        progress: told after every island.
+        progress: told after every island, and after the comparison with the float graph.
 
     Raises:
         ModelError: onnxruntime refuses a model.
     """
     everything = range(len(islands))
     plain = open_session(build(list(everything)))
-    best, out = open_session(build([])), list[int]()
+    best = full = open_session(build([]))
+    out: list[int] = []
     reasons: dict[int, str] = {}
     smallest_first = sorted(everything, key=lambda position: len(islands[position].nodes))
-    for position in track(smallest_first if len(islands) > 1 else [], progress, "measure int8 islands", len(islands)):
+    tried = smallest_first if len(islands) > 1 else []
+    what, steps = "measure int8 islands", len(tried) + 1
+    for position in track(tried, progress, what, steps):
         without = open_session(build([*out, position]))
         with_it, without_it = measure_latency([best, without], feed, seconds=_SECONDS)
         if without_it < with_it * (1 - NOISE):
             best, out = without, [*out, position]
             reasons[position] = f"measured: {_milliseconds(without_it)} without it, {_milliseconds(with_it)} with it"
-    float_seconds, seconds = measure_latency([plain, best], feed, seconds=2 * _SECONDS)
+    finally_timed = [plain, best, *([full] if out else [])]
+    float_seconds, seconds, *before = measure_latency(finally_timed, feed, seconds=len(finally_timed) * _SECONDS)
+    (int8_seconds,) = before or [seconds]
+    progress(what, steps, steps)
     if seconds > float_seconds:
         said = f"measured: {_milliseconds(float_seconds)} in float, {_milliseconds(seconds)} in int8"
-        return Tuned({position: reasons.get(position, said) for position in everything}, float_seconds, float_seconds)
-    return Tuned(reasons, float_seconds, seconds)
+        reasons = {position: reasons.get(position, said) for position in everything}
+        seconds = float_seconds
+    return Tuned(len(islands), reasons, float_seconds, int8_seconds, seconds)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -189,8 +189,8 @@ class _Placing:
         """Why an operator that would gain from int8 must stay float; None when nothing speaks against it."""
         if id(node) in self.excluded:
             return self.excluded[id(node)]
-        if node.op == "Gemm" and (node.attrs.get("transA", 0) or node.attrs.get("beta", 1.0) != 1.0):
-            return "int8 kernels of Gemm need transA = 0 and beta = 1"
+        if (reason := rule.why_not(node.op, node.attrs)) is not None:
+            return reason
         value, weight = node.inputs[0], node.inputs[1]
         for tensor in (value, weight):
             if (dtype := _dtype(tensor)) != np.float32:
@@ -215,10 +215,10 @@ class _Placing:
         if min(channels_in, channels_out) >= least:
             return None
         group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
-        square = len(set(kernel)) == 1
-        if node.op == "Conv" and group == 1 and square and channels_out % 8 == 0 and channels_out >= least:
-            return None  # a first layer: padded to the kernel's channel multiple
-        if node.op == "Conv" and group > 1 and channels_out % 8 == 0 and min(kernel, default=0) >= 3:
+        is_square, fits = len(set(kernel)) == 1, channels_out % self.target.channel_multiple == 0
+        if rule.pads_inputs and group == 1 and is_square and fits and channels_out >= least:
+            return None
+        if group > 1 and fits and 0 < rule.minimum_grouped_kernel <= min(kernel, default=0):
             return None
         return f"{channels_in} channels in and {channels_out} out: under {least}, int8 is no faster"
 
@@ -253,7 +253,7 @@ class _Placing:
     def _can_join(self, node: gs.Node, rule: Rule, available: set[int]) -> bool:
         if rule.role is Role.GAINS or id(node) in self.excluded:
             return False
-        if rule.on_integers and not _pads_with_zero(node):
+        if rule.why_not(node.op, node.attrs) is not None or not _fills_with_zero(node, rule):
             return False
         inputs = [edge.tensor for edge in self._quantized_inputs(node)]
         if any(_dtype(tensor) != np.float32 for tensor in (*inputs, *present(node.outputs))):
@@ -472,10 +472,12 @@ def _tensors_used_by_bodies(graph: gs.Graph) -> set[int]:
     }
 
 
-def _pads_with_zero(node: gs.Node) -> bool:
-    """Whether a Pad adds zeros or copies, which the zero point or the integers themselves stand for."""
-    value = constant_of(node.inputs[2]) if has_input(node, 2) else None
-    return node.op != "Pad" or not has_input(node, 2) or (value is not None and not value.any())
+def _fills_with_zero(node: gs.Node, rule: Rule) -> bool:
+    """Whether new elements are zeros or copies, which the zero point or the integers themselves stand for."""
+    if rule.filled_from is None or not has_input(node, rule.filled_from):
+        return True
+    value = constant_of(node.inputs[rule.filled_from])
+    return value is not None and not value.any()
 
 
 def _dtype(tensor: gs.Tensor) -> np.dtype[Any] | None:

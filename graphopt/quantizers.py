@@ -143,10 +143,10 @@ def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
     return None if not tensor.dtype else numpy_dtype(tensor.dtype)
 
 
-def values_of(dequantizer: Quantizer) -> Array:
-    """(w - z) * s in the type that the DequantizeLinear computes."""
-    stored, scale, zero_point = constant_of(dequantizer.data), dequantizer.scale, dequantizer.zero_point
-    assert stored is not None and scale is not None and zero_point is not None
+def values_of(dequantizer: Quantizer, stored: Array) -> Array:
+    """What the DequantizeLinear makes of `stored`: (stored - z) * s in the type that it computes."""
+    scale, zero_point = dequantizer.scale, dequantizer.zero_point
+    assert scale is not None and zero_point is not None
     dtype = dtype_of(dequantizer.output) or scale.dtype
     wide = np.float64
     centred = stored.astype(wide) - _along(dequantizer, zero_point.astype(wide), stored.ndim)

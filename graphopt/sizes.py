@@ -51,6 +51,17 @@ def at_assumed_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> tuple[g
     return best.graph, best.assumed
 
 
+def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:
+    """Return a copy of `graph` with shapes inferred for inputs of these shapes, by name; other sizes stay open.
+
+    Where that leaves tensors of unknown shape, the copy may be of a newer opset; tensors keep their names.
+    """
+    best = _sized(graph, dict(shapes))
+    if best.unknown and graph.opset < _FIRST_OPSET_TO_PROPAGATE_SHAPES:
+        best = min(best, _sized(_with_newer_opset(graph), best.assumed), key=lambda sized: sized.unknown)
+    return best.graph
+
+
 def tensors_at(graph: gs.Graph, shapes: Mapping[str, Shape]) -> dict[str, gs.Tensor]:
     """Return copies of all tensors by name, with what shape inference finds when the inputs have these shapes."""
     sized = at_sizes(graph, shapes)
@@ -64,7 +75,7 @@ class _Sized(NamedTuple):
 
 
 def _sized(graph: gs.Graph, assumed: dict[str, Shape]) -> _Sized:
-    sized = at_sizes(graph, assumed)
+    sized = _inferred_at(graph, assumed)
     return _Sized(sized, assumed, sum(_is_unknown(tensor) for tensor in _computed(sized)))
 
 
@@ -84,8 +95,7 @@ def _with_newer_opset(graph: gs.Graph) -> gs.Graph:
     return newer
 
 
-def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:
-    """Return a copy of `graph` with shapes inferred for inputs of these shapes, by name; other sizes stay open."""
+def _inferred_at(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:
     sized = copy_graph(graph)
     for tensor in sized.inputs:
         if tensor.name in shapes:

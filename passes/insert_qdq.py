@@ -116,28 +116,34 @@ class InsertQdq(Pass):
         if not any(each.nodes for each in placements):
             return PassResult(skipped=_skipped(placements))
         least = _PER_CHANNEL_OPSET if target.activation.dtype.itemsize == 1 else _SIXTEEN_BITS_OPSET
-        if (note := raise_opset(graph, least)) is not None:  # some nodes are others now
+        if (raised := raise_opset(graph, least)) is not None:  # some nodes are others now
             infer_shapes(graph)
             excluded = self._excluded(graph)
             placements = _place_with_ranges(graph, target, excluded, ranges)
+        slower: dict[int, str] = {}
+        measured = ""
         if self.autotune:
-            excluded |= _slower_here(graph, target, placements, excluded, ranges, context)
+            slower, measured = _slower_here(graph, target, placements, excluded, ranges, context)
         elif target.costs is not None and not self.small_islands:
             feed = _first_sample(context)
             shapes = None if feed is None else {name: value.shape for name, value in feed.items()}
-            excluded |= too_small(graph, placements, target.costs, shapes)
-        placements = _quantize(graph, target, excluded, ranges)
+            slower = too_small(graph, placements, target.costs, shapes)
+        if slower:
+            excluded |= slower
+            placements = _place_with_ranges(graph, target, excluded, ranges)
+        placements = _quantize(graph, target, placements, excluded, ranges)
+        notes = (measured,) if measured else ()
         operators, activations, weights, operands = (
             sum(map(len, each))
             for each in zip(*((at.nodes, at.activations, at.weights, at.operands) for at in placements), strict=True)
         )
         if not operators:
-            return PassResult(skipped=_skipped(placements))
+            return PassResult(skipped=_skipped(placements), notes=notes)
         return PassResult(
             rewrites=activations + weights + operands,
             skipped=_skipped(placements),
             parts={"operators": operators, "activations": activations, "weights": weights},
-            notes=(*((note,) if note else ()), *(target.notes if target is context.target else ())),
+            notes=(*notes, *((raised,) if raised else ()), *(target.notes if target is context.target else ())),
             warnings=(unmatched,) if unmatched else (),
         )
 
@@ -201,8 +207,8 @@ def _slower_here(
     excluded: Mapping[int, str],
     ranges: Ranges,
     context: Context,
-) -> dict[int, str]:
-    """By id of a node, what onnxruntime measured on this machine that speaks against its island.
+) -> tuple[dict[int, str], str]:
+    """By id of a node, what onnxruntime measured on this machine that speaks against its island; and all in one line.
 
     Raises:
         PipelineError: the target is another machine, or there are no inputs to measure with.
@@ -220,16 +226,19 @@ def _slower_here(
         nodes = _nodes(copy)
         gone = {id(node) for position in left_out for node in islands[position].nodes}
         floats = {position_of[key]: excluded.get(key, "") for key in (*gone, *excluded) if key in position_of}
-        _quantize(copy, target, {id(nodes[position]): why for position, why in floats.items()}, ranges)
+        stay = {id(nodes[position]): why for position, why in floats.items()}
+        _quantize(copy, target, _place_with_ranges(copy, target, stay, ranges), stay, ranges)
         return Model(copy, context.frame)
 
     tuned = tune(islands, build, feed, progress=context.progress)
-    return {id(node): reason for position, reason in tuned.reasons.items() for node in islands[position].nodes}
+    slower = {id(node): reason for position, reason in tuned.reasons.items() for node in islands[position].nodes}
+    return slower, str(tuned)
 
 
-def _quantize(graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges) -> tuple[Placement, ...]:
-    """Insert the pairs everywhere but at excluded nodes; `excluded` gains those whose ranges are not known."""
-    placements = _place_with_ranges(graph, target, excluded, ranges)
+def _quantize(
+    graph: gs.Graph, target: Target, placements: tuple[Placement, ...], excluded: dict[int, str], ranges: Ranges
+) -> tuple[Placement, ...]:
+    """Insert the pairs of placements; return these as they are once operators that run as others are written out."""
     if decomposed := [node for each in placements for node in each.nodes if node.op in target.decomposed]:
         ranges = decompose_activations(graph, decomposed, ranges)
         infer_shapes(graph)

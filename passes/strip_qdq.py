@@ -4,6 +4,7 @@
     int8 w -> DQ(s, z)                   weight, bias   the constant (w - z) * s
     float w -> Q -> DQ                   weight         w, as it is: nothing is lost
     x -> Q(s, z) -> DQ(t, z)             a free factor  x * (t / s), behind what of the clipping is meant
+    x -> Q -> moves integers -> DQ       such as a Pad  the same operator on x (`graphopt.moved_integers`)
 
 QuantizeLinear does three things: it rounds, it scales, and it clips to [(qmin - z) * s, (qmax - z) * s]. Rounding goes.
 Scaling stays where Q and DQ differ. Clipping is a side effect where the range was calibrated, and goes too; but tools
@@ -17,11 +18,12 @@ let it stand for a Relu or a Clip that they remove, and then it is part of the n
 - A zero point at the highest value: the same, upside down.
 - With other zero points, nothing tells a calibrated range from a Clip that was removed; both ends go. `clips=all` keeps
   those of every activation.
-- With different scales, the pair was made by hand, such as for hard-swish, and clips on purpose: both ends stay.
+- With different scales and a zero point at the lowest or highest value, the pair was made on purpose, such as for
+  hard-swish, and clips on purpose: both ends stay.
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
-computed at run time, blocks, a stored tensor that others than DequantizeLinear read (integer operators, graph
-outputs), and QLinear operators, in which nothing is left to take apart.
+computed at run time, blocks, a stored tensor that others than DequantizeLinear read (operators that compute with
+integers, graph outputs), and QLinear operators, in which nothing is left to take apart.
 """
 
 from __future__ import annotations
@@ -46,12 +48,10 @@ from graphopt.graph import (
     replace_uses,
     set_output,
 )
-from graphopt.operators import MOVING, NEVER_NEGATIVE
+from graphopt.moved_integers import fills_with_integer_zero, moved_inputs, set_fill, sources_of
+from graphopt.never_negative import is_never_negative
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.quantizers import Quantizer, change_by, dtype_of, ends_of, quantizer_of, values_of
-
-_KEEP_SIGN = MOVING | {"AveragePool", "Concat", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "Split"}
-_MOST_STEPS = 64  # of a search backwards for what makes a tensor never negative
 
 
 class Clips(Enum):
@@ -81,8 +81,11 @@ class StripQdq(Pass):
         """Strip `graph` and the graphs in it."""
         context.infer_shapes(graph)
         stripping = _Stripping(graph, self.clips)
-        for each in reversed(list(all_graphs(graph))):  # a Q is idle when the DQs in branches are gone too
+        graphs = list(all_graphs(graph))
+        for each in graphs:
             stripping.run(each)
+        for each in reversed(graphs):  # branches first: they read what the graphs around them compute
+            stripping.remove_unread(each)
         return PassResult(
             rewrites=sum(stripping.parts.values()),
             skipped=tuple(stripping.skipped),
@@ -96,8 +99,10 @@ class _Stripping:
         self.names = Names(root)
         self.named = named_tensors(root)
         self.skipped: list[Skip] = []
-        self.clipped: dict[tuple[int, int, float | None, float | None], gs.Tensor] = {}  # a Q may have several DQ
-        self.parts = {"activations": 0, "weights": 0, "clips kept": 0, "factors kept": 0}
+        self.clipped: dict[tuple[int, int, float | None, float | None], gs.Node] = {}  # a Q may have several DQ
+        self.moved: dict[tuple[int, int, bytes, bytes], gs.Node] = {}  # so may what moves integers
+        self.replaced: dict[int, gs.Node] = {}  # by id of a node that moved integers, the one that moves floats
+        self.parts = {"activations": 0, "weights": 0, "integer operators": 0, "clips kept": 0, "factors kept": 0}
 
     def run(self, graph: gs.Graph) -> None:
         doomed: list[gs.Node] = []
@@ -114,8 +119,15 @@ class _Stripping:
             doomed.append(node)
             self._strip(graph, dequantizer)
         remove_nodes(graph, doomed)
-        remove_nodes(graph, [node for node in graph.nodes if self._is_idle_quantizer(node)])
+
+    def remove_unread(self, graph: gs.Graph) -> None:
+        """Remove what nothing reads any more: nodes that moved integers, and QuantizeLinear nodes."""
         graph.toposort()
+        for node in reversed(list(graph.nodes)):
+            if id(node) in self.replaced and not any(each.outputs or id(each) in self.named for each in node.outputs):
+                remove_nodes(graph, [node])
+                self.replaced[id(node)].name = node.name
+        remove_nodes(graph, [node for node in graph.nodes if self._is_idle_quantizer(node)])
 
     def _is_idle_quantizer(self, node: gs.Node) -> bool:
         found = quantizer_of(node)
@@ -128,29 +140,54 @@ class _Stripping:
         return False
 
     def _strip(self, graph: gs.Graph, dequantizer: Quantizer) -> None:
-        quantizer = quantizer_of(producer(dequantizer.data))
-        if quantizer is None:
-            values: gs.Tensor = gs.Constant(
-                self.names.fresh(f"{dequantizer.output.name}/float"), values_of(dequantizer)
-            )
-            self.parts["weights"] += 1
-        elif (constant := constant_of(quantizer.data)) is not None:
-            factor, shift = change_by(quantizer, dequantizer)
-            values = quantizer.data
-            if np.any(factor != 1) or np.any(shift != 0):
-                values = gs.Constant(self.names.fresh(f"{values.name}/scaled"), constant * factor + shift)
-            self.parts["weights"] += 1
-        else:
-            values = self._activation(graph, quantizer, dequantizer)
-            self.parts["activations"] += 1
+        values = self._values(graph, dequantizer.data, dequantizer)
+        self.parts["weights" if is_constant(values) else "activations"] += 1
         self._take_place(graph, dequantizer.output, values)
+
+    def _values(self, graph: gs.Graph, stored: gs.Tensor, dequantizer: Quantizer) -> gs.Tensor:
+        """The real values that `stored` holds when it is read with the scale of a DequantizeLinear."""
+        if (integers := constant_of(stored)) is not None:
+            return gs.Constant(self.names.fresh(f"{dequantizer.output.name}/float"), values_of(dequantizer, integers))
+        node = producer(stored)
+        quantizer = quantizer_of(node)
+        if quantizer is None:
+            assert node is not None
+            return self._moved(graph, node, stored, dequantizer)
+        if (constant := constant_of(quantizer.data)) is None:
+            return self._activation(graph, quantizer, dequantizer)
+        factor, shift = change_by(quantizer, dequantizer)
+        if np.all(factor == 1) and np.all(shift == 0):
+            return quantizer.data
+        return gs.Constant(self.names.fresh(f"{quantizer.data.name}/scaled"), constant * factor + shift)
+
+    def _moved(self, graph: gs.Graph, node: gs.Node, stored: gs.Tensor, dequantizer: Quantizer) -> gs.Tensor:
+        """What an operator that moves integers computes from their real values: the operator, written anew."""
+        assert dequantizer.scale is not None and dequantizer.zero_point is not None
+        key = id(graph), id(node), dequantizer.scale.tobytes(), dequantizer.zero_point.astype(np.int64).tobytes()
+        if key not in self.moved:
+            inputs = list(node.inputs)
+            for index in moved_inputs(node) or ():
+                inputs[index] = self._values(graph, inputs[index], dequantizer)
+            if fills_with_integer_zero(node) and dequantizer.zero_point.any():
+                zero = values_of(dequantizer, np.zeros((), np.int64))
+                set_fill(inputs, gs.Constant(self.names.fresh(f"{stored.name}/fill"), zero))
+            outputs = [
+                gs.Variable(self.names.fresh(f"{each.name}/float"), dequantizer.output.dtype, each.shape)
+                for each in node.outputs
+            ]
+            self.moved[key] = gs.Node(node.op, self.names.fresh(label_of(node)), dict(node.attrs), inputs, outputs)
+            graph.nodes.append(self.moved[key])
+            self.replaced.setdefault(id(node), self.moved[key])
+            self.parts["integer operators"] += 1
+        index = next(index for index, output in enumerate(node.outputs) if output is stored)
+        return self.moved[key].outputs[index]
 
     def _activation(self, graph: gs.Graph, quantizer: Quantizer, dequantizer: Quantizer) -> gs.Tensor:
         """The real values that a pair hands on: x, clipped and scaled as far as that is meant."""
         factor, shift = change_by(quantizer, dequantizer)
         low, high = ends_of(quantizer)
         changes = bool(np.any(factor != 1) or np.any(shift != 0))
-        if not changes and self.clips is not Clips.ALL:
+        if self.clips is not Clips.ALL and not (changes and 0 in (low, high)):
             low, high = self._meant_ends(quantizer, low, high)
         if quantizer.is_per_tensor and (low is not None or high is not None):
             values = self._clip(graph, quantizer, low, high)
@@ -177,9 +214,11 @@ class _Stripping:
     def _clip(self, graph: gs.Graph, quantizer: Quantizer, low: float | None, high: float | None) -> gs.Tensor:
         key = id(graph), id(quantizer.node), low, high
         if key not in self.clipped:
-            self.clipped[key] = self._clip_node(graph, quantizer, low, high)
+            node = producer(self._clip_node(graph, quantizer, low, high))
+            assert node is not None
+            self.clipped[key] = node
             self.parts["clips kept"] += 1
-        return self.clipped[key]
+        return self.clipped[key].outputs[0]
 
     def _clip_node(self, graph: gs.Graph, quantizer: Quantizer, low: float | None, high: float | None) -> gs.Tensor:
         if low == 0 and high is None:
@@ -237,51 +276,29 @@ _LIMITS_AS_INPUTS = 11  # the opset since which those of Clip are
 
 
 def _why_not(dequantizer: Quantizer) -> str | None:
-    """Why a DequantizeLinear must stay, with the Q before it."""
-    stored = producer(dequantizer.data)
-    quantizer = quantizer_of(stored)
-    for each in filter(None, (quantizer, dequantizer)):
+    """Why a DequantizeLinear must stay, with the Q before it and what moves integers between them."""
+    sources = sources_of(dequantizer.data)
+    quantizers = [found for each in sources if (found := quantizer_of(producer(each))) is not None]
+    for each in (*quantizers, dequantizer):
         if each.scale is None or each.zero_point is None:
             return f"scale or zero point of {each.label} is computed at run time"
         if each.block_size:
             return f"{each.label} has a scale for each block: only whole tensors and channels are stripped"
-    if quantizer is not None and quantizer.quantizes:
+    by_channel = next((each for each in (dequantizer, *quantizers) if not each.is_per_tensor), None)
+    if by_channel is not None and not any(each is dequantizer.data for each in sources):
+        return f"{by_channel.label} has a scale for each channel, and what it stores is moved between Q and DQ"
+    for quantizer in quantizers:
         if quantizer.axis != dequantizer.axis and not (quantizer.is_per_tensor and dequantizer.is_per_tensor):
             return f"{quantizer.label} before it has scales along another axis"
         given, returned = dtype_of(quantizer.data), dtype_of(dequantizer.output)
         if given is not None and returned is not None and given != returned:
             return f"it returns {returned}, and {quantizer.label} takes {given}"
-        return None
-    if not is_constant(dequantizer.data):
-        return f"{dequantizer.data.name}, which it reads, is computed in integers"
+    for each in sources:
+        if not is_constant(each) and quantizer_of(producer(each)) is None:
+            return f"{each.name}, which it reads, is computed in integers"
     return None
 
 
 def _needs_no_activation(tensor: gs.Tensor, low: float | None) -> bool:
     """Whether a tensor is a graph input, or never negative where that is all that a range from `low` sees to."""
-    if producer(tensor) is None:
-        return True
-    if low != 0:
-        return False
-    waiting, steps = [tensor], 0
-    while waiting:
-        node = producer(waiting.pop())
-        steps += 1
-        if node is None or steps > _MOST_STEPS:
-            return False
-        if node.op in NEVER_NEGATIVE or _clips_at_zero(node):
-            continue
-        if node.op in ("Add", "Mul", "Concat"):
-            waiting.extend(node.inputs)
-        elif node.op in _KEEP_SIGN or quantizer_of(node) is not None:
-            waiting.append(node.inputs[0])
-        else:
-            return False
-    return True
-
-
-def _clips_at_zero(node: gs.Node) -> bool:
-    if node.op != "Clip":
-        return False
-    low = constant_of(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1].name else node.attrs.get("min")
-    return low is not None and float(np.asarray(low)) >= 0
+    return producer(tensor) is None or (low == 0 and is_never_negative(tensor))

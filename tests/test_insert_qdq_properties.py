@@ -1,4 +1,4 @@
-"""Random graphs, quantized for each target, stay close to the float ones: with kernels and in exact arithmetic."""
+"""Random graphs, quantized for each target, stay close to the float ones, and are the float ones when stripped."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,12 @@ from texts import model_of
 from graphopt.data import load_samples
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context
-from graphopt.passes import Calibrate, InsertQdq
+from graphopt.passes import Calibrate, InsertQdq, StripQdq
+from graphopt.passes.insert_qdq import Switch
+from graphopt.passes.strip_qdq import Clips
 from graphopt.runtime import open_session
 from graphopt.targets import target_named
+from graphopt.thresholds import Method
 
 CONV = "Conv<pads=[1,1,1,1]>"
 STEPS = {
@@ -59,12 +62,16 @@ def model_with(steps, outputs, *, inside=False):
         {{ {" ".join(lines)} }}""")
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),
-    places=st.sets(st.integers(0, 5), max_size=2),
-    target=st.sampled_from(["ort-cpu", "tensorrt"]),
-)
+GRAPHS = {
+    "steps": st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),
+    "places": st.sets(st.integers(0, 5), max_size=2),
+    "target": st.sampled_from(["ort-cpu", "tensorrt"]),
+}
+FEED = {"x": np.random.default_rng(0).normal(size=(2, 8, 6, 6)).astype(np.float32)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(**GRAPHS)
 def test_a_quantized_graph_stays_close_to_the_float_one(steps, places, target):
     check(steps, {place for place in places if place < len(steps)}, target)
 
@@ -78,9 +85,34 @@ def test_quantized_branches_stay_close_to_the_float_ones(steps, target):
     check_model(model_with(steps, set(), inside=True), target, flags=(True, False))
 
 
+@settings(deadline=None, max_examples=40)
+@given(**GRAPHS)
+def test_a_graph_that_is_quantized_and_stripped_is_the_float_one(steps, places, target):
+    model = model_with(steps, {place for place in places if place < len(steps)})
+    exact = InsertQdq(small_islands=True, int8_weights=Switch.OFF)
+    loaded = quantized(model, target, exact, Calibrate(method=Method.MINMAX))
+    result = StripQdq(clips=Clips.NONE).apply(loaded.graph, Context())
+    assert not result.skipped
+    after = loaded.to_proto()
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in after.graph.node}
+    expected, found = (open_session(each).run(FEED) for each in (model, after))
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-5 * np.abs(values).max(), err_msg=name)
+
+
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
 def test_a_factor_that_is_a_graph_output_keeps_its_name(target):
     check(["conv", "factor", "conv"], {1}, target)
+
+
+def quantized(model, target, insert, calibrate, feeds=(FEED,)):
+    loaded = load_model(model)
+    context = Context(target=target_named(target))
+    context.samples = load_samples(list(feeds), open_session(model).inputs)
+    calibrate.apply(loaded.graph, context)
+    insert.apply(loaded.graph, context)
+    return loaded
 
 
 def check(steps, places, target):
@@ -89,18 +121,12 @@ def check(steps, places, target):
 
 def check_model(model, target, flags=()):
     """The quantized model is close to the float one, on one feed or, for models with a flag, on one for each."""
-    feed = {"x": np.random.default_rng(0).normal(size=(2, 8, 6, 6)).astype(np.float32)}
-    feeds = [feed | {"flag": np.array(flag)} for flag in flags] or [feed]
-    loaded = load_model(model)
-    context = Context(target=target_named(target))
-    context.samples = load_samples(feeds, open_session(model).inputs)
-    Calibrate().apply(loaded.graph, context)
-    InsertQdq(small_islands=True).apply(loaded.graph, context)
-    quantized = loaded.to_proto()
+    feeds = [FEED | {"flag": np.array(flag)} for flag in flags] or [FEED]
+    proto = quantized(model, target, InsertQdq(small_islands=True), Calibrate(), feeds).to_proto()
     for feed in feeds:
         expected = open_session(model).run(feed)
         for optimize in (True, False):
-            found = open_session(quantized, optimize=optimize).run(feed)
+            found = open_session(proto, optimize=optimize).run(feed)
             assert list(found) == list(expected)
             for name, values in expected.items():
                 noise = float(((values - found[name]) ** 2).mean())

@@ -85,7 +85,10 @@ def test_autotune_leaves_what_is_slower_in_float_and_says_what_it_measured(monke
     )
     tuned = tune(found, lambda left_out: tuple(sorted(left_out)), {})
     assert tuned.reasons == {0: "measured: 1 ms without it, 2 ms with it"}
-    assert (tuned.float_seconds, tuned.seconds) == (1.5e-3, 1e-3)
+    assert (tuned.float_seconds, tuned.int8_seconds, tuned.seconds) == (1.5e-3, 2e-3, 1e-3)
+    assert str(tuned) == (
+        "measured on this machine: 1.5 ms in float, 2 ms in int8, 1 ms with 1 of 2 islands left in float"
+    )
 
 
 def test_autotune_keeps_the_float_graph_where_nothing_beats_it(monkeypatch):
@@ -94,7 +97,18 @@ def test_autotune_keeps_the_float_graph_where_nothing_beats_it(monkeypatch):
     monkeypatch.setattr(
         "graphopt.autotune.measure_latency", lambda models, feed, **_: [{(): 2e-3, (0,): 1e-3}[each] for each in models]
     )
-    assert tune(found, lambda left_out: tuple(left_out), {}).reasons == {0: "measured: 1 ms in float, 2 ms in int8"}
+    tuned = tune(found, lambda left_out: tuple(left_out), {})
+    assert tuned.reasons == {0: "measured: 1 ms in float, 2 ms in int8"}
+    assert str(tuned).endswith("1 ms in float, 2 ms in int8, 1 ms with 1 of 1 island left in float")
+
+
+def test_autotune_tells_its_progress_to_the_end(monkeypatch):
+    _, found = islands(TWO_ISLANDS)
+    monkeypatch.setattr("graphopt.autotune.open_session", lambda model: model)
+    monkeypatch.setattr("graphopt.autotune.measure_latency", lambda models, feed, **_: [1e-3 for _ in models])
+    told = []
+    tune(found, lambda left_out: left_out, {}, progress=lambda *each: told.append(each))
+    assert told == [("measure int8 islands", done, 3) for done in range(4)]
 
 
 def test_autotune_measures_a_real_graph():
@@ -115,6 +129,8 @@ def test_autotune_measures_a_real_graph():
     operators = last.parts.get("operators", 0)
     assert operators + len(last.skipped) == 2
     assert all("measured" in skip.reason for skip in last.skipped)
+    (note,) = [note for note in result.report.to_json()["passes"][-1]["notes"] if "measured" in note]
+    assert "of 2 islands left in float" in note
 
 
 def test_autotune_is_refused_for_a_target_elsewhere():

@@ -177,6 +177,21 @@ def test_tensorrt_takes_a_first_layer_with_few_input_channels():
     assert operators(place(graph, TENSORRT)) == ["Conv"]
 
 
+@pytest.mark.parametrize(("kernel", "operator_types"), [(3, ["Conv"]), (1, [])])
+def test_tensorrt_takes_thin_groups_where_their_kernels_are_large(kernel, operator_types):
+    graph = graph_of(
+        "y = Conv<group=8>(x, k)", "float[N,8,8,8] x", "float[A,B,C,D] y", f"float[8,1,{kernel},{kernel}] k"
+    )
+    assert operators(place(graph, TENSORRT)) == operator_types
+
+
+@pytest.mark.parametrize(("mode", "joins"), [("nearest", True), ("linear", False)])
+def test_a_resize_that_computes_new_values_stays_float(mode, joins):
+    body = f'c = {CONV}(x, w, b) d = Resize<mode="{mode}">(c, , k) y = {CONV}(d, w, b)'
+    graph = graph_of(body, outputs="float[A,B,C,D] y", weights="float[4] k = {1,1,2,2}")
+    assert ("Resize" in operators(place(graph, ORT_CPU))) is joins
+
+
 def test_an_excluded_node_stays_float_with_the_reason_given():
     graph = graph_of(f"c = {CONV}(x, w, b) y = {CONV}(c, w, b)")
     placement = place(graph, ORT_CPU, {id(graph.nodes[0]): "because"})

@@ -9,7 +9,7 @@ import pytest
 
 from graphopt.graph import all_graphs
 from graphopt.model_io import load_model
-from graphopt.sizes import at_assumed_sizes, fixed_shape, nbytes
+from graphopt.sizes import at_assumed_sizes, at_sizes, fixed_shape, nbytes
 
 
 def graph_of(text: str, opset: int = 17) -> gs.Graph:
@@ -60,6 +60,17 @@ def test_branches_know_the_constants_that_they_read_from_outside() -> None:
     }""")
     sized, _ = at_assumed_sizes(graph)
     assert {fixed_shape(each.outputs[0]) for each in all_graphs(sized)} == {(2, 1, 3)}
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_follows_sizes_that_the_model_computes_from_those_of_the_inputs(opset: int) -> None:
+    graph = graph_of(
+        """g (float[N, 4, W] x) => (float[A, B] y) <int64[1] zero = {0}, int64[1] one = {1}, int64[1] rest = {-1}>
+        { s = Shape (x) n = Slice (s, zero, one, zero) t = Concat <axis = 0> (n, rest) y = Reshape (x, t) }""",
+        opset,
+    )
+    assert shape_in(at_sizes(graph, {"x": (2, 4, 5)}), "y") == (2, 20)
+    assert graph.opset == opset
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import onnx
 import onnx.parser
 import pytest
 from comparing import assert_equal_outputs, build, ops
+from zoo import zoo_feeds, zoo_model
 
 import graphopt
 from graphopt.cli import main
@@ -38,14 +39,15 @@ CONSTANTS = {
 }
 
 
-def model_with(body, opset=21, inputs="float[2,4,3,3] x", output="float[A,B,C,D] y"):
+def model_with(body, opset=21, inputs="float[2,4,3,3] x", output="float[A,B,C,D] y", constants=CONSTANTS):
     header = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>'
     text = f"{header} g ({inputs}) => ({output}) {{ {body} }}"
     model = build(text)
     graphs = [model.graph, *(a.g for node in model.graph.node for a in node.attribute if a.HasField("g"))]
     read = {name for graph in graphs for node in graph.node for name in node.input}
-    for name in CONSTANTS.keys() & read:
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(CONSTANTS[name]), name))
+    known = CONSTANTS | constants
+    for name in known.keys() & read:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(known[name]), name))
     return model
 
 
@@ -223,8 +225,20 @@ def test_a_quantizer_outside_of_two_branches_goes_with_the_dequantizers_in_them(
             "run time",
         ),
         (
-            "q = QuantizeLinear(x, s, z) p = MaxPool<kernel_shape=[1,1]>(q) d = DequantizeLinear(p, s, z) y = Neg(d)",
-            "integers",
+            "q = QuantizeLinear(x, s, z) p = Abs(q) d = DequantizeLinear(p, s, z) y = Neg(d)",
+            "p, which it reads, is computed in integers",
+        ),
+        (
+            "q = QuantizeLinear(x, s, z) p = Abs(q) n = Transpose(p) y = DequantizeLinear(n, s, z)",
+            "p, which it reads, is computed in integers",
+        ),
+        (
+            "q = QuantizeLinear(x, s, z) p, i = MaxPool<kernel_shape=[1,1]>(q) y = DequantizeLinear(p, s, z)",
+            "p, which it reads, is computed in integers",
+        ),
+        (
+            "q = QuantizeLinear<axis=1>(x, sc) n = Transpose<perm=[0,1,3,2]>(q) y = DequantizeLinear<axis=1>(n, sc)",
+            "moved between Q and DQ",
         ),
         ("q, qs, qz = DynamicQuantizeLinear(x) y = DequantizeLinear(q, qs, qz)", "itself"),
         ("q = QuantizeLinear(x, s, z) i = Cast<to=6>(q) y = Cast<to=1>(i)", "computes with what it stores"),
@@ -242,6 +256,115 @@ def test_what_is_no_plain_pair_is_left_alone_with_the_reason(body, reason):
     assert any(reason in skip.reason for skip in result.skipped), result.skipped
     assert {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"} & set(ops(after))
     assert_equal_outputs(model, after, tolerance=1e-6)
+
+
+# ---------------------------------------------------------------- operators that move integers between Q and DQ
+
+MOVES = {
+    "Pad": ("Pad(q, pads, z)", "Pad(x, pads, zero)"),
+    "Pad by another value": ("Pad(q, pads, seven)", "Pad(x, pads, k)"),  # 0.35 = 7 * 0.05
+    "Pad by copies": ('Pad<mode="reflect">(q, pads)', 'Pad<mode="reflect">(x, pads)'),
+    "MaxPool": ("MaxPool<kernel_shape=[2,2]>(q)", "MaxPool<kernel_shape=[2,2]>(x)"),
+    "Reshape": ("Reshape(q, shape)", "Reshape(x, shape)"),
+    "Transpose": ("Transpose<perm=[3,0,2,1]>(q)", "Transpose<perm=[3,0,2,1]>(x)"),
+    "Resize": ("Resize(q, , ones)", "Resize(x, , ones)"),
+    "Concat": ("Concat<axis=1>(q, border, q)", "Concat<axis=1>(x, k3, x)"),
+    "Where": ("Where(flags, q, seven)", "Where(flags, x, k)"),
+    "ReduceMax": ("ReduceMax(q)", "ReduceMax(x)"),
+    "Min": ("Min(q, seven)", "Min(x, k)"),
+    "Slice": ("Slice(q, from, to, axes)", "Slice(x, from, to, axes)"),
+    "DepthToSpace": ("DepthToSpace<blocksize=2>(q)", "DepthToSpace<blocksize=2>(x)"),
+}
+MOVED = {
+    "pads": np.array([0, 0, 1, 0, 0, 0, 1, 2]),
+    "seven": np.int8(7),
+    "k": np.float32(0.35),
+    "shape": np.array([3, 2, 3, -1]),
+    "ones": np.ones(4, np.float32),
+    "border": np.full((2, 1, 3, 3), 7, np.int8),
+    "k3": np.full((2, 1, 3, 3), 0.35, np.float32),
+    "flags": np.array([True, False, True]),
+    "from": np.array([1]),
+    "to": np.array([3]),
+    "axes": np.array([2]),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_an_operator_that_moves_integers_is_the_same_one_on_floats(name):
+    integers, floats = MOVES[name]
+    body = f"q = QuantizeLinear(x, s, z) [mover] m = {integers} y = DequantizeLinear(m, s, z)"
+    after, result = assert_strips_to(body, f"y = {floats}", constants=MOVED)
+    assert list(ops(after)) == [floats.split("(")[0].split("<")[0]]
+    assert [node.name for node in after.graph.node] == ["mover"]
+    assert result.parts["integer operators"] == 1
+    assert result.parts["activations"] == 1
+
+
+def test_the_integer_zero_that_a_pad_adds_becomes_what_it_stands_for():
+    body = "r = Relu(x) q = QuantizeLinear(r, s, low) m = Pad(q, pads) y = DequantizeLinear(m, s, low)"
+    assert_strips_to(body, "r = Relu(x) k = Constant<value_float=6.4>() y = Pad(r, pads, k)", constants=MOVED)
+
+
+def test_another_scale_behind_what_moves_integers_is_a_factor():
+    body = "q = QuantizeLinear(x, s, z) m = Pad(q, pads, seven) y = DequantizeLinear(m, t, z)"
+    _, result = assert_strips_to(
+        body,
+        "lo = Constant<value_float=-6.4>() hi = Constant<value_float=6.35>() c = Clip(x, lo, hi) "
+        "p = Pad(c, pads, k) two = Constant<value_float=2.0>() y = Mul(p, two)",
+        constants=MOVED,
+    )
+    assert result.parts["factors kept"] == 1
+
+
+def test_several_moves_several_outputs_and_several_dequantizers_are_followed():
+    body = (
+        "q = QuantizeLinear(x, s, z) n = Transpose<perm=[0,1,3,2]>(q) e, f = Split<axis=1, num_outputs=2>(n) "
+        "c = Concat<axis=1>(f, e) u = DequantizeLinear(c, s, z) v = DequantizeLinear(c, s, z) "
+        "d = DequantizeLinear(e, s, z) g = Concat<axis=1>(d, d) m = Add(u, v) y = Add(m, g)"
+    )
+    floats = (
+        "n = Transpose<perm=[0,1,3,2]>(x) e, f = Split<axis=1, num_outputs=2>(n) "
+        "c = Concat<axis=1>(f, e) g = Concat<axis=1>(e, e) m = Add(c, c) y = Add(m, g)"
+    )
+    after, result = assert_strips_to(body, floats)
+    assert ops(after) == {"Transpose": 1, "Split": 1, "Concat": 2, "Add": 2}
+    assert result.parts["integer operators"] == 3
+
+
+def test_integers_that_a_graph_output_shows_stay_beside_the_floats():
+    header = '<ir_version: 10, opset_import: ["" : 21]> g (float[1,4,3,3] x)'
+    model = build(
+        f"{header} => (int8[1,4,2,2] m, float[1,4,2,2] y) <float s = {{0.5}}, int8 z = {{0}}> "
+        "{ q = QuantizeLinear(x, s, z) m = MaxPool<kernel_shape=[2,2]>(q) y = DequantizeLinear(m, s, z) }"
+    )
+    after, result = stripped(model)
+    assert ops(after) == {"QuantizeLinear": 1, "MaxPool": 2}
+    assert [skip.reason for skip in result.skipped] == ["m computes with what it stores"]
+    feed = {"x": np.random.default_rng(0).standard_normal((1, 4, 3, 3)).astype(np.float32)}
+    found = open_session(after).run(feed)
+    pooled = build(f"{header} => (float[1,4,2,2] y) {{ y = MaxPool<kernel_shape=[2,2]>(x) }}")
+    np.testing.assert_array_equal(found["y"], open_session(pooled).run(feed)["y"])
+    np.testing.assert_array_equal(found["m"], open_session(model).run(feed)["m"])
+
+
+def test_branches_that_move_the_integers_of_the_graph_around_them_are_stripped():
+    branch = "{name} = g{name} () => (a{name}) {{ m{name} = {op} a{name} = DequantizeLinear(m{name}, s, z) }}"
+    body = (
+        "q = QuantizeLinear(x, s, z) keep = If(flag) <"
+        + branch.format(name="then_branch", op="Transpose<perm=[0,1,3,2]>(q)")
+        + ", "
+        + branch.format(name="else_branch", op="Identity(q)")
+        + "> y = Sigmoid(keep)"
+    )
+    model = model_with(body, inputs="float[2,4,3,3] x, bool flag")
+    after, result = stripped(model)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(after))
+    assert not result.skipped
+    for flag, expected in ((True, "n = Transpose<perm=[0,1,3,2]>(x) y = Sigmoid(n)"), (False, "y = Sigmoid(x)")):
+        x = np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)
+        found = open_session(after).run({"x": x, "flag": np.asarray(flag)})["y"]
+        np.testing.assert_allclose(found, open_session(model_with(expected)).run({"x": x})["y"], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- whole models
@@ -309,3 +432,20 @@ def test_what_onnxruntimes_tool_quantized_comes_back(per_channel, activation, sy
     after, _ = stripped(onnx.load(other))
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(after))
     assert sqnr(source, after) > max(40 if per_channel else 35, sqnr(source, other))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["blazeface_front", "ppocr_cls_mobile_v2", "ppocrv4_det"])
+def test_a_real_model_that_qdq_quantized_comes_back_but_for_rounded_weights(name, tmp_path):
+    data = str(zoo_feeds(name, "calibration"))
+    options = ["--data", data, "--samples", "2", "--no-verify", "-o"]
+    passes = ["fold", "fold,calibrate:method=minmax,qdq:int8_weights=off", "strip-qdq:clips=none"]
+    folded, quantized, after = (tmp_path / f"{step}.onnx" for step in ("folded", "quantized", "after"))
+    for source, text, out in zip(
+        (zoo_model(name), zoo_model(name), quantized), passes, (folded, quantized, after), strict=True
+    ):
+        assert main(["optimize", str(source), "--passes", text, *options, str(out)]) == 0
+    assert "QuantizeLinear" in ops(onnx.load(quantized))
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(onnx.load(after)))
+    outputs = graphopt.check(folded, after, data=data, samples=2).comparison.outputs
+    assert min(row.sqnr_db for row in outputs) > 100

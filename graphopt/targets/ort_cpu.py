@@ -25,7 +25,13 @@ _HARD_ACTIVATIONS = ("HardSigmoid", "HardSwish")
 
 _RULES = {
     "Conv": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_constant_weight=True),
-    "Gemm": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_constant_weight=True),
+    "Gemm": Rule(
+        role=Role.GAINS,
+        inputs=(0, 1),
+        per_channel=True,
+        needs_constant_weight=True,
+        attributes={"transA": 0, "beta": 1},
+    ),
     # Without a Q behind it onnxruntime makes MatMulIntegerToFloat of it: no output rounding. But with a bias it first
     # makes a Gemm of both, and a Gemm without a Q behind it runs in float, its weight dequantized again in every run.
     "MatMul": Rule(role=Role.GAINS, inputs=(0, 1), per_channel=True, needs_output=False, fuses_bias=True),
@@ -35,8 +41,9 @@ _RULES = {
     "Where": Rule(role=Role.JOINS, inputs=(1, 2)),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"), _JOINS),
     **dict.fromkeys(_HARD_ACTIVATIONS, _JOINS),
-    "Pad": Rule(role=Role.COMMUTES, on_integers=True),
-    **dict.fromkeys(("MaxPool", "Resize", "Expand", "Flatten", "Gather", "Reshape", "Slice"), _COMMUTES),
+    "Pad": Rule(role=Role.COMMUTES, on_integers=True, filled_from=2),
+    "Resize": Rule(role=Role.COMMUTES, attributes={"mode": "nearest"}),
+    **dict.fromkeys(("MaxPool", "Expand", "Flatten", "Gather", "Reshape", "Slice"), _COMMUTES),
     **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace"), _COMMUTES),
 }
 

@@ -262,10 +262,10 @@ def _scales_differ(group: Group) -> str | None:
     return "its input and output have different scales, and it only moves values: give both the input's"
 
 
-def _form_of_the_product(group: Group) -> str | None:
+def _has_another_form(group: Group) -> str | None:
     node, weight = group.node, group.inputs.get(1)
-    if node.op == "Gemm" and (node.attrs.get("transA", 0) or node.attrs.get("beta", 1.0) != 1.0):
-        return "int8 kernels of Gemm need transA = 0 and beta = 1"
+    if (reason := group.rule.why_not(node.op, node.attrs)) is not None:
+        return reason
     axis = None if weight is None else scale_axis(node, weight)
     if weight is None or axis is None or weight.is_per_tensor or weight.axis == axis:
         return None
@@ -293,5 +293,5 @@ _GUARDS: dict[str, Guard] = {
     "ORT019": _types_differ,
     "ORT016": _int8_has_two_readers,
     "ORT020": _scales_differ,
-    "ORT021": _form_of_the_product,
+    "ORT021": _has_another_form,
 }

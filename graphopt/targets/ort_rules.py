@@ -223,7 +223,7 @@ _FLOAT_REASONS = (
     _reason("ORT018", "Scales that onnxruntime has to compare are constant"),
     _reason("ORT019", "Stored types fit together"),
     _reason("ORT020", "Operators that only move values keep the scale"),
-    _reason("ORT021", "Matrix products have the form that int8 kernels take"),
+    _reason("ORT021", "Operators have the attributes and the axis of scales that int8 kernels take"),
     _reason("ORT029", "Every operator with quantizers around it runs in int8"),
 )
 

@@ -31,22 +31,40 @@ class Rule:
         inputs: the inputs that are quantized; None: all of them (Concat).
         per_channel: a constant input 1 has a scale for each output channel; else one scale.
         needs_constant_weight: input 1 must be constant.
+        attributes: what attributes must be, where they are given: int8 kernels know nothing else.
         needs_output: the int8 kernel exists only with a Q on the output; else the output stays float unless
             an int8 consumer reads it.
         fuses_bias: a constant bias added behind becomes part of the operator, which then needs a Q behind the Add.
         minimum_channels: smallest number of input and of output channels that gains.
+        pads_inputs: fewer input channels gain too, where the kernel is square and there is one group, as in a first
+            layer: the runtime pads them, if output channels are a multiple of the target's `channel_multiple`.
+        minimum_grouped_kernel: fewer channels gain too in groups with kernels of at least this size and such output
+            channels; 0: they do not.
         on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
             for them but does not fuse the operator with pairs around it.
+        filled_from: of such an operator, the input with a value for new elements; it must be 0, for which the zero
+            point stands.
     """
 
     role: Role
     inputs: tuple[int, ...] | None = (0,)
     per_channel: bool = False
     needs_constant_weight: bool = False
+    attributes: Mapping[str, int | str] = field(default_factory=dict)
     needs_output: bool = True
     fuses_bias: bool = False
     minimum_channels: int = 1
+    pads_inputs: bool = False
+    minimum_grouped_kernel: int = 0
     on_integers: bool = False
+    filled_from: int | None = None
+
+    def why_not(self, op: str, attributes: Mapping[str, object]) -> str | None:
+        """Why no int8 kernel takes an operator with these attributes; None where one does."""
+        if all(attributes.get(name, value) == value for name, value in self.attributes.items()):
+            return None
+        needed = " and ".join(f"{name} = {value}" for name, value in self.attributes.items())
+        return f"int8 kernels of {op} need {needed}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,10 @@ TENSORRT = Target(
     weight=INT8_WEIGHT,
     activations={"int8": INT8_SYMMETRIC},
     rules={
-        "Conv": _WEIGHTED,
+        "Conv": replace(_WEIGHTED, pads_inputs=True, minimum_grouped_kernel=3),
         # per-channel ConvTranspose weights are accepted by some versions only: one scale
         "ConvTranspose": replace(_WEIGHTED, per_channel=False),
-        "Gemm": _WEIGHTED,
+        "Gemm": replace(_WEIGHTED, attributes={"transA": 0, "beta": 1}),
         "MatMul": replace(_WEIGHTED, needs_constant_weight=False),
     },
     stays_float={
