@@ -17,6 +17,7 @@ it a hard-swish, x * clip(x + 3, 0, 6) / 6, is an int8 Add whose Q clips, and an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -189,11 +190,17 @@ class _Placing:
         if rule.minimum_channels <= 1 or not is_constant(weight) or weight.shape is None:
             return None
         least = rule.minimum_channels
+        group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
+        if rule.largest_kernel is not None and math.prod(kernel) > rule.largest_kernel:
+            return f"its kernel has {math.prod(kernel)} places, and those of this type at most {rule.largest_kernel}"
         channels_in, channels_out = _channels(node, tuple(weight.shape))
+        if not rule.pads_channels:
+            channels_in //= group
         if min(channels_in, channels_out) >= least:
             return None
-        group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
         square = len(set(kernel)) == 1
+        if not rule.pads_channels:
+            return f"{channels_in} channels in and {channels_out} out of a group: under {least}, there is no kernel"
         if node.op == "Conv" and group == 1 and square and channels_out % 8 == 0 and channels_out >= least:
             return None  # a first layer: padded to the kernel's channel multiple
         if node.op == "Conv" and group > 1 and channels_out % 8 == 0 and min(kernel, default=0) >= 3:

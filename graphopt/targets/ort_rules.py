@@ -18,7 +18,7 @@ from graphopt.int8_proof import Int8Proof
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.macs import macs_by_node
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight
-from graphopt.targets.ort_float import float_operators, proof, scale_axis
+from graphopt.targets.ort_float import float_operators, proof, scale_axis, weight_in_blocks
 from graphopt.targets.target import Role
 from graphopt.targets.tensorrt_errors import places_of_early_axes
 
@@ -53,7 +53,7 @@ def scales_of_weights_follow_output_channels(subject: Subject) -> Places:
     """
     for node in subject.nodes:
         weight = _weight_of(subject, node.op, node.inputs)
-        if node.op not in ("Conv", "Gemm") or weight is None or weight.is_per_tensor:
+        if node.op not in ("Conv", "Gemm") or weight is None or weight.is_per_tensor or weight.block_size:
             continue
         axis = scale_axis(node, weight)
         if weight.axis != axis:
@@ -72,7 +72,7 @@ def the_model_is_quantized(subject: Subject) -> Places:
 
     Source: without any, all operators run in float.
     """
-    if any(node.op.startswith(("Q", "DynamicQuantize")) for node in subject.nodes) or subject.quantizers:
+    if any(node.op.startswith(("Q", "DynamicQuantize", "MatMulNBits")) for node in subject.nodes) or subject.quantizers:
         return
     rules = subject.target.rules
     gaining = [node for node in subject.nodes if node.op in rules and rules[node.op].role is Role.GAINS]
@@ -156,7 +156,7 @@ def few_quantizers_are_left(subject: Subject) -> Places:
 
 
 def figures(subject: Subject) -> Mapping[str, int | float]:
-    """The share of MACs in int8, and how many Q and DQ nodes the file and the optimized graph hold."""
+    """Shares of MACs in int8 and with weights in blocks; how many Q and DQ nodes file and optimized graph hold."""
     found = subject.shared(proof)
     counted: dict[str, int | float] = {"Q and DQ nodes in the file": len(subject.quantizers)}
     if isinstance(found, ModelError):
@@ -165,8 +165,10 @@ def figures(subject: Subject) -> Mapping[str, int | float]:
         counted["Q and DQ nodes that onnxruntime runs"] = found.quantizers_left
     macs = subject.shared(_macs)
     if total := sum(macs.values()):
-        in_int8 = _in_int8(subject)
-        counted["share of MACs in int8"] = sum(macs.get(name, 0) for name in in_int8) / total
+        in_blocks = _in_blocks(subject)
+        counted["share of MACs in int8"] = sum(macs.get(name, 0) for name in _in_int8(subject) - in_blocks) / total
+        if in_blocks:
+            counted["share of MACs with weights in blocks"] = sum(macs.get(name, 0) for name in in_blocks) / total
     return counted
 
 
@@ -188,6 +190,19 @@ def _in_int8(subject: Subject) -> set[str]:
         node.outputs[0].name
         for node in subject.nodes
         if node.op.startswith("QLinear") or (node.op in rules and id(node) not in in_float and subject.quantizers)
+    }
+
+
+def _in_blocks(subject: Subject) -> set[str]:
+    """First outputs of the products whose weights are in blocks, and whose activations are float."""
+    found = subject.shared(proof)
+    if isinstance(found, Int8Proof):
+        return {node.outputs[0].name for node in subject.nodes if id(node) in found.in_blocks}
+    in_float = {id(each.node) for each in subject.shared(float_operators)}
+    return {
+        node.outputs[0].name
+        for node in subject.nodes
+        if node.op == "MatMulNBits" or (weight_in_blocks(node) is not None and id(node) not in in_float)
     }
 
 
@@ -216,6 +231,7 @@ _FLOAT_REASONS = (
     _reason("ORT019", "Stored types fit together"),
     _reason("ORT020", "Operators that only move values keep the scale"),
     _reason("ORT021", "Matrix products have the form that int8 kernels take"),
+    _reason("ORT023", "Weights in blocks have the form that MatMulNBits takes"),
     _reason("ORT029", "Every operator with quantizers around it runs in int8"),
 )
 

@@ -35,6 +35,8 @@ class Rule:
             an int8 consumer reads it.
         fuses_bias: a constant bias added behind becomes part of the operator, which then needs a Q behind the Add.
         minimum_channels: smallest number of input and of output channels that gains.
+        largest_kernel: largest product of a Conv's kernel sizes that gains; None: any.
+        pads_channels: kernels fill up the few channels of a first layer or a grouped Conv, which gains all the same.
         on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
             for them but does not fuse the operator with pairs around it.
     """
@@ -46,6 +48,8 @@ class Rule:
     needs_output: bool = True
     fuses_bias: bool = False
     minimum_channels: int = 1
+    largest_kernel: int | None = None
+    pads_channels: bool = True
     on_integers: bool = False
 
 
@@ -62,6 +66,23 @@ class Costs:
     saved_ns_per_mac: Mapping[str, float]
     border_ns: float
     border_ns_per_element: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Weights of few bits with a scale for each block, for matrix products whose activations stay float.
+
+    Attributes:
+        quant_type: of the stored weights; asymmetric types have a zero point for each block.
+        sizes: of blocks that kernels read; the first is the one to take unless asked for another.
+        divide: blocks must divide the length of the sums; else the last block may be shorter.
+        may_be_shared: several products may read one DequantizeLinear; else each needs one of its own.
+    """
+
+    quant_type: QuantType
+    sizes: tuple[int, ...]
+    divide: bool
+    may_be_shared: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +103,10 @@ class Target:
             depthwise kernels do not.
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
-        activations: types of activations that `qdq:activations` may ask for, by name.
+        activations: types of activations that `qdq:activations` may ask for, by name. Where they are floats, so are the
+            weights: no kernel multiplies floats by integers.
+        activation_rules: by such a name, the rules that hold instead of `rules`.
+        block_weights: weights in blocks that `qdq:weights` may ask for, by name.
         channel_multiple: kernels are fastest at channel counts that are multiples of it.
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
@@ -105,6 +129,8 @@ class Target:
     saturates: bool = False
     runs_here: bool = False
     activations: Mapping[str, QuantType] = field(default_factory=dict)
+    activation_rules: Mapping[str, Mapping[str, Rule]] = field(default_factory=dict)
+    block_weights: Mapping[str, Blocks] = field(default_factory=dict)
     channel_multiple: int = 8
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
