@@ -107,8 +107,11 @@ class _Insertion:
             set_input(edge.node, edge.index, gs.Constant(name, values.reshape(-1)))
 
     def _params(self, activation: Activation) -> QuantParams:
-        found = self.ranges.tensors[activation.range_name]
-        return params_of_range(found.minimum, found.maximum, self.target.activation).scaled(activation.factor)
+        found, quant_type = self.ranges.tensors[activation.range_name], self.target.activation
+        low, high = found.minimum, found.maximum
+        if quant_type.is_float:  # the precision of floats is relative: clipping makes no value finer
+            low, high = found.observed_minimum, found.observed_maximum
+        return params_of_range(low, high, quant_type).scaled(activation.factor)
 
     def _activation(self, activation: Activation, readers: tuple[Edge, ...]) -> None:
         tensor, params = activation.tensor, self._params(activation)

@@ -16,7 +16,7 @@ from graphopt.macs import count_macs
 from graphopt.model_io import Model
 from graphopt.node_order import sorted_nodes
 from graphopt.sizes import at_assumed_sizes, is_typed_tensor, nbytes, numpy_dtype
-from graphopt.stored_values import StoredTensor, stored_bytes
+from graphopt.stored_values import StoredTensor, nbytes_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def inspect_model(model: Model) -> Inspection:
     return Inspection(
         path=None if model.path is None else str(model.path),
         file_nbytes=_file_nbytes(model, constants),
-        weight_nbytes=sum(map(_stored_nbytes, constants)),
+        weight_nbytes=sum(nbytes_of(constant._values) for constant in constants),
         parameters=_parameters(constants, nodes),
         macs=macs.total,
         macs_unknown=macs.unknown,
@@ -140,13 +140,6 @@ def _constants(model: Model) -> Iterator[gs.Constant]:
     yield from constants_in(model.graph)
 
 
-def _stored_nbytes(constant: gs.Constant) -> int:
-    stored = constant._values
-    if isinstance(stored, StoredTensor):
-        return stored_bytes(stored.tensor)  # packed types packed
-    return int(stored.nbytes)
-
-
 def _file_nbytes(model: Model, constants: list[gs.Constant]) -> int | None:
     if model.path is None:
         return None
@@ -178,7 +171,7 @@ def _by_dtype(constants: list[gs.Constant]) -> dict[str, Weights]:
     for constant in constants:
         dtype = _dtype_name(constant.dtype)
         tensors[dtype] += 1
-        sizes[dtype] += _stored_nbytes(constant)
+        sizes[dtype] += nbytes_of(constant._values)
     return {dtype: Weights(tensors[dtype], size) for dtype, size in sizes.most_common()}
 
 

@@ -24,7 +24,7 @@ from graphopt.runtime import optimized_graph
 _MARK = "graphopt_node_"
 _QUANTIZED_RESULT = ("QLinear", "QGemm", "QuantizeLinear", "DynamicQuantizeLinear")
 _INT8_KERNELS = (
-    *("QLinear", "QGemm", "QAttention", "QMoE", "ConvInteger", "MatMulInteger", "MatMulNBits"),
+    *("QLinear", "QGemm", "QAttention", "QMoE", "ConvInteger", "MatMulInteger"),
     *("DynamicQuantizeMatMul", "DynamicQuantizeLSTM"),
 )
 _MOVES = MOVING | {
@@ -38,6 +38,7 @@ class Int8Proof:
     """What became of the nodes of a graph, by `id`."""
 
     in_int8: frozenset[int]
+    in_blocks: frozenset[int]  # products whose weight has 4 bits or so in blocks, and whose activation is float
     in_float: frozenset[int]  # the others are gone: folded, absorbed or fused into another
     quantizers_left: int  # Q and DQ nodes that onnxruntime runs
 
@@ -54,6 +55,7 @@ def prove(model: Model) -> Int8Proof:
     for number, node in enumerate(copies):
         node.name = f"{_MARK}{number}"
     in_int8: set[int] = set()
+    in_blocks: set[int] = set()
     in_float: set[int] = set()
     try:
         optimized = optimized_graph(marked, layouts=False)
@@ -68,9 +70,10 @@ def prove(model: Model) -> Int8Proof:
             match = re.match(rf"{_MARK}(\d+)", node.name)
             if match is not None:
                 found = in_int8 if _is_int8(node, stored) else in_float
+                found = in_blocks if node.op_type == "MatMulNBits" else found
                 found.add(id(nodes[int(match[1])]))
     left = kinds["QuantizeLinear"] + kinds["DequantizeLinear"]
-    return Int8Proof(frozenset(in_int8), frozenset(in_float - in_int8), left)
+    return Int8Proof(frozenset(in_int8), frozenset(in_blocks), frozenset(in_float - in_int8 - in_blocks), left)
 
 
 def _nodes(graph: gs.Graph) -> list[gs.Node]:

@@ -3,6 +3,7 @@
     Conv            |Y| * C/group * kernel sizes        W [M, C/group, k...]
     ConvTranspose   |X| * M/group * kernel sizes        W [C, M/group, k...]
     Gemm, MatMul    |Y| * K                             K is the dimension that is summed over
+    MatMulNBits     |X| * N                             X [..., K]; onnxruntime's product with weights of 4 bits
     Einsum          product of all labels' sizes, once less than there are operands
     LSTM, GRU, RNN  T * N * (|W| + |R|)                 W and R of all directions and gates
 
@@ -133,6 +134,10 @@ def _matmul(shapes: _Shapes) -> int:
     return math.prod(shapes.output()) * shapes.input(0)[-1]
 
 
+def _matmul_nbits(shapes: _Shapes) -> int:
+    return math.prod(shapes.input(0)) * int(shapes.attrs["N"])
+
+
 def _einsum(shapes: _Shapes) -> int:
     terms = shapes.attrs["equation"].replace(" ", "").split("->")[0].split(",")
     if any("." in term for term in terms):
@@ -160,6 +165,7 @@ _RULES: dict[str, Rule] = {
     "MatMul": _matmul,
     "MatMulInteger": _matmul,
     "QLinearMatMul": _matmul,
+    "MatMulNBits": _matmul_nbits,
     "Einsum": _einsum,
     "LSTM": _recurrent,
     "GRU": _recurrent,

@@ -31,7 +31,7 @@ from graphopt.graph_export import export_model
 from graphopt.graph_import import import_model, without_weights
 from graphopt.model_writer import write_model
 from graphopt.protobuf import without
-from graphopt.stored_values import VALUE_FIELDS, StoredTensor, stored_bytes, tensor_proto
+from graphopt.stored_values import VALUE_FIELDS, StoredTensor, nbytes_of, stored_bytes, tensor_proto
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; what is left of 2 GiB is room for the graph's own growth
 _BESIDE_THRESHOLD = 1024  # bytes; a smaller weight stays in the model file, as with onnx.save_model
@@ -67,7 +67,7 @@ class Model:
         """Bytes of all distinct weights, those of branches, bodies and functions and default values included."""
         constants = (*_constants(self.graph), *self.frame.defaults.values())
         values = {id(constant._values): constant._values for constant in constants}
-        return sum(each.nbytes for each in values.values())
+        return sum(map(nbytes_of, values.values()))
 
     def to_proto(self) -> onnx.ModelProto:
         """Return a ModelProto that holds all weights itself; in memory it may pass 2 GB.

@@ -20,6 +20,7 @@ it returns like a graph output. A tensor that is read inside and outside thus ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -211,10 +212,14 @@ class _Placing:
         if rule.minimum_channels <= 1 or not is_constant(weight) or weight.shape is None:
             return None
         least = rule.minimum_channels
+        group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
+        if rule.largest_kernel is not None and math.prod(kernel) > rule.largest_kernel:
+            return f"its kernel has {math.prod(kernel)} places, and those of this type at most {rule.largest_kernel}"
         channels_in, channels_out = _channels(node, tuple(weight.shape))
+        if rule.counts_groups_alone:
+            channels_in //= group
         if min(channels_in, channels_out) >= least:
             return None
-        group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
         is_square, fits = len(set(kernel)) == 1, channels_out % self.target.channel_multiple == 0
         if rule.pads_inputs and group == 1 and is_square and fits and channels_out >= least:
             return None

@@ -2,7 +2,8 @@
 
 A real x is stored as the integer q = clamp(round_half_even(x / scale) + zero_point, qmin, qmax) and read back as
 (q - zero_point) * scale: the arithmetic of ONNX QuantizeLinear and DequantizeLinear
-(https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html). *Symmetric* means zero_point = 0 for signed types.
+(https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html). *Symmetric* means zero_point = 0 for signed types. A float8
+value is rounded to the nearest of its type, half to even, instead of to an integer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 Array = NDArray[Any]
 
@@ -22,7 +24,7 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class QuantType:
-    """An integer type and the part of its range that is used.
+    """A stored type and the part of its range that is used.
 
     Weights use [-127, 127] of int8, so that negating a weight never overflows; activations use the whole range.
     """
@@ -31,6 +33,11 @@ class QuantType:
     minimum: int
     maximum: int
     symmetric: bool  # the zero point is 0, and the range is widened to be symmetric around it
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it stores floats: values far below the scale keep their relative precision."""
+        return self.dtype.name.startswith("float")
 
     @property
     def levels(self) -> int:
@@ -44,6 +51,9 @@ UINT16 = QuantType(np.dtype(np.uint16), 0, 65535, symmetric=False)
 INT16 = QuantType(np.dtype(np.int16), -32768, 32767, symmetric=False)
 INT8_SYMMETRIC = QuantType(np.dtype(np.int8), -128, 127, symmetric=True)
 INT8_WEIGHT = QuantType(np.dtype(np.int8), -127, 127, symmetric=True)
+INT4_WEIGHT = QuantType(helper.tensor_dtype_to_np_dtype(TensorProto.INT4), -8, 7, symmetric=True)
+UINT4_WEIGHT = QuantType(helper.tensor_dtype_to_np_dtype(TensorProto.UINT4), 0, 15, symmetric=False)
+FLOAT8_E4M3 = QuantType(helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN), -448, 448, symmetric=True)
 
 
 @dataclass(frozen=True)
@@ -67,17 +77,18 @@ class QuantParams:
         return self if factor == 1 else replace(self, scale=np.asarray(self.scale * factor, np.float32))
 
     def quantize(self, values: Array) -> Array:
-        """Real values -> integers of the quantized dtype, same shape."""
+        """Real values -> stored ones of the quantized dtype, same shape."""
         scale = self._along_axis(self.scale, values.ndim)
         zero_point = self._along_axis(self.zero_point, values.ndim).astype(np.float32)
-        stored = np.asarray(np.rint(values / scale) + zero_point)  # of shape (), numpy makes a scalar
+        steps = values / scale if self.quant_type.is_float else np.rint(values / scale)
+        stored = np.asarray(steps + zero_point)  # of shape (), numpy makes a scalar
         return np.asarray(stored.clip(self.quant_type.minimum, self.quant_type.maximum), self.quant_type.dtype)
 
     def dequantize(self, stored: Array) -> Array:
-        """Integers -> float32, same shape."""
-        zero_point = self._along_axis(self.zero_point, stored.ndim).astype(np.int32)
+        """Stored values -> float32, same shape."""
+        zero_point = self._along_axis(self.zero_point, stored.ndim).astype(np.float32)
         scale = self._along_axis(self.scale, stored.ndim)
-        return np.asarray((stored.astype(np.int32) - zero_point) * scale, np.float32)
+        return np.asarray((stored.astype(np.float32) - zero_point) * scale, np.float32)
 
 
 def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> QuantParams:

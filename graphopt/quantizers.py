@@ -149,8 +149,8 @@ def values_of(dequantizer: Quantizer, stored: Array) -> Array:
     assert scale is not None and zero_point is not None
     dtype = dtype_of(dequantizer.output) or scale.dtype
     wide = np.float64
-    centred = stored.astype(wide) - _along(dequantizer, zero_point.astype(wide), stored.ndim)
-    return np.asarray(centred * _along(dequantizer, scale.astype(wide), stored.ndim), dtype)
+    centred = stored.astype(wide) - _along(dequantizer, zero_point.astype(wide), stored.shape)
+    return np.asarray(centred * _along(dequantizer, scale.astype(wide), stored.shape), dtype)
 
 
 def change_by(quantizer: Quantizer, dequantizer: Quantizer) -> tuple[Array, Array]:
@@ -158,12 +158,12 @@ def change_by(quantizer: Quantizer, dequantizer: Quantizer) -> tuple[Array, Arra
 
     Q gives x / s + z, DQ (q - y) * t; together x * (t / s) + (z - y) * t.
     """
-    rank = len(quantizer.data.shape or ())
+    shape = tuple(quantizer.data.shape or ())
     dtype = dtype_of(quantizer.data) or np.dtype(np.float32)
     sides = []
     for each in (quantizer, dequantizer):
         assert each.scale is not None and each.zero_point is not None
-        sides.append([_along(each, value.astype(np.float64), rank) for value in (each.scale, each.zero_point)])
+        sides.append([_along(each, value.astype(np.float64), shape) for value in (each.scale, each.zero_point)])
     (s, z), (t, y) = sides
     return np.asarray(t / s, dtype), np.asarray((z - y) * t, dtype)
 
@@ -178,8 +178,11 @@ def ends_of(quantizer: Quantizer) -> tuple[float | None, float | None]:
     return (int(limits.min) - zero_point) * scale, (int(limits.max) - zero_point) * scale
 
 
-def _along(quantizer: Quantizer, values: Array, rank: int) -> Array:
-    """One value, or a value for each channel in the shape in which it broadcasts."""
+def _along(quantizer: Quantizer, values: Array, shape: tuple[Any, ...]) -> Array:
+    """One value, or a value for each channel or block in a shape that broadcasts to `shape`."""
     if quantizer.is_per_tensor:
         return values.reshape(())
-    return values.reshape([-1 if axis == quantizer.axis else 1 for axis in range(rank)])
+    if quantizer.block_size:  # the last block may be shorter
+        repeated = np.repeat(values, quantizer.block_size, axis=quantizer.axis)
+        return repeated.take(range(shape[quantizer.axis]), axis=quantizer.axis)
+    return values.reshape([-1 if axis == quantizer.axis else 1 for axis in range(len(shape))])

@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 _LEAST_SHARED = 2**20  # bytes of weights from which on they are handed over beside the model, not copied into it
 _LEAST_FED = 2**28  # bytes of weights from which on onnxruntime's own copy is avoided where speed does not count
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
+_NO_FLOAT8_BEHIND_CLIP = "Unexpected data type for QuantizeLinear input y_zero_point"  # of one optimizer, in 1.32
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
     RuntimeError,
@@ -263,10 +264,16 @@ def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extr
 
 
 def _session(source: str | bytes, options: ort.SessionOptions, weights: Mapping[str, ort.OrtValue]) -> Session:
-    def create() -> ort.InferenceSession:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    def create(disabled: Sequence[str] = ()) -> ort.InferenceSession:
+        providers = ["CPUExecutionProvider"]
+        return ort.InferenceSession(source, options, providers=providers, disabled_optimizers=disabled)
 
-    return Session(_with_our_errors(create), weights)
+    try:
+        return Session(_with_our_errors(create), weights)
+    except ModelError as error:
+        if _NO_FLOAT8_BEHIND_CLIP not in str(error):
+            raise
+    return Session(_with_our_errors(lambda: create(["ClipQuantRewrite"])), weights)
 
 
 def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -149,6 +149,11 @@ def stored_bytes(tensor: TensorProto) -> int:
     return int(-(-math.prod(tensor.dims) * bits // 8))
 
 
+def nbytes_of(values: Any) -> int:
+    """Return the number of bytes that the values of a constant fill in a file, whether read already or not."""
+    return stored_bytes(values.tensor) if isinstance(values, StoredTensor) else int(values.nbytes)
+
+
 def is_packed(data_type: int) -> bool:
     """Whether values of an ONNX type share bytes in a file."""
     return data_type in _BITS

@@ -8,11 +8,14 @@ its own int32 bias, and TensorRT refuses an int32 DequantizeLinear.
     int8 weight -> DQ(scale[C]) -> operator            weights, where the target stores integers
     float weight -> Q -> DQ -> operator                weights, where it does not
 
+    int4 weight -> DQ(scale[K / 32, N]) -> MatMul      with weights=int4; its activation stays float
+
 A graph output that carries a pair keeps its name, on the DQ. Per-channel scales need opset 13: a lower one is raised.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -34,23 +37,37 @@ from graphopt.model_io import Model
 from graphopt.opset import raise_opset
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.placement import Placement, node_label, place_all
+from graphopt.quantization import QuantType
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import unmatched_names
 from graphopt.shapes import infer_shapes
-from graphopt.targets import Target
+from graphopt.targets import Blocks, Role, Target, targets
+from graphopt.weight_blocks import OPSET as BLOCKS_OPSET
+from graphopt.weight_blocks import products_for_blocks, store_in_blocks
 
 _PER_CHANNEL_OPSET = 13
+_FLOAT8_OPSET = 19
 _SIXTEEN_BITS_OPSET = 21
+_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_IN_BLOCKS = "its weight is stored in blocks, and its activation stays float"  # nothing that a report should list
 
 
 class ActivationType(Enum):
-    """Integers that activations are stored as; `auto` leaves it to the target."""
+    """What activations are stored as; `auto` leaves it to the target."""
 
     AUTO = "auto"
     UINT8 = "uint8"
     INT8 = "int8"
     UINT16 = "uint16"
     INT16 = "int16"
+    FLOAT8E4M3 = "float8e4m3"
+
+
+class WeightType(Enum):
+    """What weights of matrix products are stored as; `auto` leaves it to the target."""
+
+    AUTO = "auto"
+    INT4 = "int4"
 
 
 class Switch(Enum):
@@ -79,6 +96,13 @@ class InsertQdq(Pass):
         default=ActivationType.AUTO,
         metadata={"help": "the type of activations; 16 bits are exact enough for most, and run in float on ort-cpu"},
     )
+    weights: WeightType = field(
+        default=WeightType.AUTO,
+        metadata={"help": "int4: matrix products read weights of 4 bits in blocks; their activations stay float"},
+    )
+    block_size: int = field(
+        default=0, metadata={"help": "weights that share a scale with weights=int4; 0 leaves it to the target"}
+    )
     per_channel: bool = field(default=True, metadata={"help": "weights have a scale for each output channel"})
     int8_weights: Switch = field(
         default=Switch.AUTO, metadata={"help": "store weights as int8 behind a DQ, not as float behind Q and DQ"}
@@ -94,29 +118,54 @@ class InsertQdq(Pass):
         """Insert the pairs; reads `context.ranges` and `context.target`.
 
         Raises:
-            PipelineError: no ranges, or ranges of another model.
+            PipelineError: no ranges where activations are to be quantized, or ranges of another model.
         """
-        ranges = context.ranges
-        if ranges is None:
+        blocks, ranges = self._blocks_on(context.target), context.ranges
+        if ranges is None and blocks is None:
             raise PipelineError("qdq needs ranges: put calibrate before it, or give a ranges file (--ranges FILE)")
-        if quantized := [node for node in _nodes(graph) if node.op == "QuantizeLinear"]:
+        if quantized := Counter(node.op for node in _nodes(graph) if node.op in _QUANTIZERS):
+            counts = " and ".join(f"{count} {op}" for op, count in sorted(quantized.items()))
             raise PipelineError(
-                f"the model is quantized already ({len(quantized)} QuantizeLinear nodes): to quantize it anew, "
-                "put strip-qdq first"
+                f"the model is quantized already ({counts} nodes): to quantize it anew, put strip-qdq first"
             )
         infer_shapes(graph)
+        if blocks is None:
+            assert ranges is not None
+            return self._insert_pairs(graph, context, ranges, self._excluded(graph))
+        return self._store_in_blocks(graph, context, blocks)
+
+    def _store_in_blocks(self, graph: gs.Graph, context: Context, blocks: Blocks) -> PassResult:
+        """Store what weights can be in blocks, then quantize the other operators where there are ranges."""
+        size = self.block_size or blocks.sizes[0]
+        note = raise_opset(graph, BLOCKS_OPSET)
+        infer_shapes(graph)
+        excluded = self._excluded(graph)
+        products, skipped = products_for_blocks(graph, blocks, size, set(excluded))
+        store_in_blocks(graph, products, blocks, size)
+        excluded |= {id(product.node): _IN_BLOCKS for product in products}
+        if context.ranges is not None:
+            others = self._insert_pairs(graph, context, context.ranges, excluded)
+        else:
+            others = _without_ranges(graph, self._options_on(context.target), excluded)
+        return PassResult(
+            rewrites=len(products) + others.rewrites,
+            skipped=(*skipped, *(skip for skip in others.skipped if skip.reason != _IN_BLOCKS)),
+            parts={"weights in blocks": len(products), **others.parts},
+            notes=(*((note,) if note else ()), *others.notes),
+            warnings=others.warnings,
+        )
+
+    def _insert_pairs(self, graph: gs.Graph, context: Context, ranges: Ranges, excluded: dict[int, str]) -> PassResult:
         known = [graph] if context.original is None else [graph, context.original.graph]  # fold removes tensors
         nodes = [node for each in known for node in each.nodes]
         names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
         names.update(name for each in known for name in (*branch_tensors(each), *(one.name for one in each.inputs)))
         unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
-        excluded = self._excluded(graph)
         placements = _place_with_ranges(graph, target, excluded, ranges)
         if not any(each.nodes for each in placements):
             return PassResult(skipped=_skipped(placements))
-        least = _PER_CHANNEL_OPSET if target.activation.dtype.itemsize == 1 else _SIXTEEN_BITS_OPSET
-        if (raised := raise_opset(graph, least)) is not None:  # some nodes are others now
+        if (raised := raise_opset(graph, _least_opset(target.activation))) is not None:  # some nodes are others now
             infer_shapes(graph)
             excluded = self._excluded(graph)
             placements = _place_with_ranges(graph, target, excluded, ranges)
@@ -159,7 +208,9 @@ class InsertQdq(Pass):
                 known = ", ".join(target.activations)
                 raise PipelineError(f"qdq:activations: {target.name} has {known}, not {self.activations.value}")
             costs = target.costs if chosen == target.activation else None  # they are those of its own type
-            target = replace(target, activation=chosen, costs=costs)
+            weight = chosen if chosen.is_float else target.weight
+            rules = target.activation_rules.get(self.activations.value, target.rules)
+            target = replace(target, activation=chosen, weight=weight, rules=rules, costs=costs)
         if not self.per_channel:
             rules = {op: replace(rule, per_channel=False) for op, rule in target.rules.items()}
             target = replace(target, rules=rules)
@@ -168,6 +219,27 @@ class InsertQdq(Pass):
         if self.int8_weights is not Switch.AUTO:
             target = replace(target, stores_int8_weights=self.int8_weights is Switch.ON)
         return target
+
+    def _blocks_on(self, target: Target) -> Blocks | None:
+        """The blocks that the options ask for; None: they ask for none.
+
+        Raises:
+            PipelineError: the target has no such weights, or no blocks of that size.
+        """
+        if self.weights is WeightType.AUTO:
+            if self.block_size:
+                raise PipelineError("qdq:block_size is of weights in blocks: add weights=int4")
+            return None
+        blocks = target.block_weights.get(self.weights.value)
+        if blocks is None:
+            known = ", ".join(name for name, each in targets().items() if self.weights.value in each().block_weights)
+            raise PipelineError(
+                f"qdq:weights: {target.name} has no kernels for {self.weights.value} weights; {known} have"
+            )
+        if self.block_size and self.block_size not in blocks.sizes:
+            known = ", ".join(map(str, sorted(blocks.sizes)))
+            raise PipelineError(f"qdq:block_size: {target.name} reads blocks of {known}, not of {self.block_size}")
+        return blocks
 
     def _excluded(self, graph: gs.Graph) -> dict[int, str]:
         """By id of a node, why the options keep it float.
@@ -194,6 +266,25 @@ def _nodes(graph: gs.Graph) -> list[gs.Node]:
 
 def _skipped(placements: Sequence[Placement]) -> tuple[Skip, ...]:
     return tuple(skip for each in placements for skip in each.skipped)
+
+
+def _least_opset(activation: QuantType) -> int:
+    """The opset that has scales for each channel and the type of activations."""
+    if activation.is_float:
+        return _FLOAT8_OPSET
+    return _PER_CHANNEL_OPSET if activation.dtype.itemsize == 1 else _SIXTEEN_BITS_OPSET
+
+
+def _without_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str]) -> PassResult:
+    """What is said of operators that could run in int8 if their ranges were known."""
+    placements = place_all(graph, target, excluded)
+    lacking = [node for each in placements for node in each.nodes if target.rules[node.op].role is Role.GAINS]
+    reason = "to run in int8 it needs ranges: put calibrate before qdq"
+    note = f"no ranges, so only weights are quantized: calibrate before qdq is for the {len(lacking)} other operators"
+    return PassResult(
+        skipped=(*_skipped(placements), *(Skip(node_label(node), reason) for node in lacking)),
+        notes=(note,) if lacking else (),
+    )
 
 
 def _first_sample(context: Context) -> Feed | None:

@@ -22,8 +22,8 @@ let it stand for a Relu or a Clip that they remove, and then it is part of the n
   hard-swish, and clips on purpose: both ends stay.
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
-computed at run time, blocks, a stored tensor that others than DequantizeLinear read (operators that compute with
-integers, graph outputs), and QLinear operators, in which nothing is left to take apart.
+computed at run time, blocks of activations, a stored tensor that others than DequantizeLinear read (operators that
+compute with integers, graph outputs), and QLinear operators and MatMulNBits, in which nothing is left to take apart.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _Stripping:
     def run(self, graph: gs.Graph) -> None:
         doomed: list[gs.Node] = []
         for node in list(graph.nodes):
-            if node.op.startswith("QLinear") or node.op in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear"):
+            if node.op.startswith("QLinear") or node.op in _INTEGER_OPERATORS:
                 self.skipped.append(Skip(label_of(node), f"{node.op} computes with integers itself, there is no pair"))
                 continue
             dequantizer = quantizer_of(node)
@@ -272,6 +272,7 @@ class _Stripping:
         graph.nodes.append(gs.Node("Identity", self.names.fresh(f"{old.name}/Identity"), {}, [new], [old]))
 
 
+_INTEGER_OPERATORS = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "MatMulNBits"})
 _LIMITS_AS_INPUTS = 11  # the opset since which those of Clip are
 
 
@@ -282,8 +283,8 @@ def _why_not(dequantizer: Quantizer) -> str | None:
     for each in (*quantizers, dequantizer):
         if each.scale is None or each.zero_point is None:
             return f"scale or zero point of {each.label} is computed at run time"
-        if each.block_size:
-            return f"{each.label} has a scale for each block: only whole tensors and channels are stripped"
+        if each.block_size and not all(is_constant(source) for source in sources):
+            return f"{each.label} has a scale for each block of an activation: only those of weights are stripped"
     by_channel = next((each for each in (dequantizer, *quantizers) if not each.is_per_tensor), None)
     if by_channel is not None and not any(each is dequantizer.data for each in sources):
         return f"{by_channel.label} has a scale for each channel, and what it stores is moved between Q and DQ"

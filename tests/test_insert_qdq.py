@@ -226,7 +226,7 @@ def test_activations_of_another_type_raise_the_opset_where_it_must():
 
 
 def test_a_target_refuses_activations_that_it_has_not():
-    with pytest.raises(PipelineError, match="tensorrt has int8, not uint8"):
+    with pytest.raises(PipelineError, match="tensorrt has int8, float8e4m3, not uint8"):
         quantized(model_of(CONV_RELU_CONV), target=TENSORRT, activations=ActivationType.UINT8)
 
 

@@ -15,6 +15,7 @@ from graphopt.api import _lint_warnings
 from graphopt.cli import main
 from graphopt.lint import lint_model
 from graphopt.model_io import load_model
+from graphopt.quantization import INT4_WEIGHT
 from graphopt.runtime import open_session, optimized_graph, optimized_ops
 from graphopt.targets import target_named
 from graphopt.targets.ort_cpu import ORT_CPU
@@ -43,6 +44,8 @@ CONSTANTS = {
     "w127": np.full((16, 16, 3, 3), 100, np.int8),
     "wu": np.full((16, 16, 3, 3), 130, np.uint8),
     "m": np.ones((4, 4), np.int8),
+    "m4": np.eye(4).astype(INT4_WEIGHT.dtype),
+    "s14": np.full((1, 4), 0.01, np.float32),
     "b32": np.ones(16, np.int32),
     "k": np.float32(0.1),
 }
@@ -103,6 +106,10 @@ CASES = {
         f"{X} v = DequantizeLinear<axis=1>(w7, sc, zc) c = Conv<pads=[1,1,1,1]>(x_d, v) {pair('c', to='y')}",
         GOOD,
     ),
+    "ORT023": (
+        "v = DequantizeLinear<axis=0, block_size=8>(m4, s14) y = MatMul(x, v)",
+        "v = DequantizeLinear<axis=0, block_size=16>(m4, s14) y = MatMul(x, v)",
+    ),
     "ORT029": (  # no guard knows of activations with a scale for each channel
         f"{pair('x', 'uc', 'sc')} p = MaxPool<kernel_shape=[2,2]>(x_d) {pair('p', 'uc', 'sc', to='y')}",
         f"{X} p = MaxPool<kernel_shape=[2,2]>(x_d) {pair('p', to='y')}",
@@ -113,7 +120,7 @@ CASES = {
     "ORT033": (GOOD, INT8),
     "ORT040": (f"{X} a = Tanh(x_d) {pair('a', to='y')}", GOOD),
 }
-OPSETS = {"ORT001": 12, "ORT019": 21}  # 17 for the others
+OPSETS = {"ORT001": 12, "ORT019": 21, "ORT023": 21}  # 17 for the others
 
 
 def model_with(body, opset=17):
@@ -146,7 +153,7 @@ def test_a_graph_that_breaks_the_rule_is_found(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_graph_that_keeps_the_rule_is_not_found(name):
-    assert name not in broken(CASES[name][1], target=ARM if name == "ORT033" else X86)
+    assert name not in broken(CASES[name][1], max(17, OPSETS.get(name, 17)), target=ARM if name == "ORT033" else X86)
 
 
 def test_a_good_graph_breaks_no_rule_and_is_in_int8_throughout():

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from graphopt.quantization import INT8, INT8_WEIGHT, INT16, UINT8, UINT16
+from graphopt.quantization import INT8, INT8_WEIGHT, INT16, UINT4_WEIGHT, UINT8, UINT16
 from graphopt.targets.ort_rules import ORT_ARM_RULES, ORT_X86_RULES, figures, sums_do_not_saturate
-from graphopt.targets.target import Costs, Role, Rule, Target
+from graphopt.targets.target import Blocks, Costs, Role, Rule, Target
 
 _JOINS = Rule(role=Role.JOINS)
 _JOINS_WITH_ALL_INPUTS = Rule(role=Role.JOINS, inputs=None)
@@ -63,6 +63,9 @@ ORT_CPU = Target(
     channel_multiple=16,  # else convolutions leave the blocked layout (NCHWc), whose blocks are 8 or 16 channels
     rules=_RULES,
     activations={"uint8": UINT8, "int8": INT8, "uint16": UINT16, "int16": INT16},
+    block_weights={
+        "int4": Blocks(quant_type=UINT4_WEIGHT, sizes=(32, 16, 64, 128, 256), divide=False, may_be_shared=False)
+    },
     absorbs_factors=True,
     costs=_COSTS,
     decomposed=frozenset(_HARD_ACTIVATIONS),

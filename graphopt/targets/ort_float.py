@@ -94,6 +94,8 @@ def _is_expected(node: gs.Node, subject: Subject) -> bool:
     found = [dequantizer_of(tensor) for tensor in computed]
     if not computed or all(each is not None and is_weight(each) for each in found):
         return False
+    if weight_in_blocks(node) is not None:
+        return True
     rule = subject.target.rules.get(node.op)
     if node.op in subject.target.stays_float or (rule is not None and rule.role is Role.GAINS):
         return True
@@ -105,6 +107,9 @@ def _is_expected(node: gs.Node, subject: Subject) -> bool:
 
 def _why_float(node: gs.Node, subject: Subject) -> tuple[str, str] | None:
     """The id of the rule that is broken, and the reason."""
+    if (weight := weight_in_blocks(node)) is not None:
+        reason = _form_of_blocks(node, weight, subject)
+        return None if reason is None else ("ORT023", reason)
     if node.op not in subject.target.rules:
         reason = subject.target.stays_float.get(node.op, f"onnxruntime has no int8 kernel for {node.op}")
         if all(dequantizer_of(tensor) is None for tensor in present(node.inputs)):
@@ -116,6 +121,39 @@ def _why_float(node: gs.Node, subject: Subject) -> tuple[str, str] | None:
         if (found := guard(group)) is not None:
             return name, found
     return None
+
+
+def weight_in_blocks(node: gs.Node) -> Quantizer | None:
+    """The DequantizeLinear of a weight in blocks that a matrix product of a float activation reads."""
+    if node.op not in ("MatMul", "Gemm") or dequantizer_of(node.inputs[0]) is not None:
+        return None
+    weight = dequantizer_of(node.inputs[1])
+    return weight if weight is not None and weight.block_size and is_weight(weight) else None
+
+
+def _form_of_blocks(node: gs.Node, weight: Quantizer, subject: Subject) -> str | None:
+    """Why MatMulNBits cannot stand for a product; tests/test_weight_blocks.py holds the forms against onnxruntime."""
+    advice = "it is dequantized again in every run: "
+    if not is_constant(weight.data) or len(weight.output.shape or ()) != 2:
+        return f"{advice}its weight must be a stored matrix"
+    if weight.axis != 0 or node.attrs.get("transB", 0):
+        return f"{advice}its weight must be stored as [K, N] with blocks along axis 0"
+    if weight.block_size < _LEAST_BLOCK or weight.block_size & (weight.block_size - 1):
+        return f"{advice}blocks of {weight.block_size} must be a power of two from {_LEAST_BLOCK} on"
+    constants = [tensor for tensor in present(weight.node.inputs) if len(tensor.outputs) > 1]
+    if len(weight.output.outputs) > 1 or subject.is_output(weight.output) or constants:
+        return f"{advice}several nodes read its weight or scale, give each its own"
+    if node.op != "Gemm":
+        return None
+    if any(node.attrs.get(name, default) != default for name, default in _GEMM_DEFAULTS.items()):
+        return f"{advice}kernels need a Gemm with transA = 0, alpha = 1 and beta = 1"
+    if has_input(node, 2) and (shape := node.inputs[2].shape) is not None and len(shape) != 1:
+        return f"{advice}its bias must be a vector"
+    return None
+
+
+_LEAST_BLOCK = 16
+_GEMM_DEFAULTS = {"transA": 0, "alpha": 1.0, "beta": 1.0}
 
 
 def group_of(node: gs.Node, subject: Subject) -> Group:

@@ -7,7 +7,7 @@ optimized graph tells what runs in float (`graphopt.int8_proof`); `graphopt.targ
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,7 +19,7 @@ from graphopt.int8_proof import Int8Proof
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.macs import Place, macs_by_operator
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight
-from graphopt.targets.ort_float import float_operators, proof, scale_axis
+from graphopt.targets.ort_float import float_operators, proof, scale_axis, weight_in_blocks
 from graphopt.targets.target import Role
 from graphopt.targets.tensorrt_errors import places_of_early_axes
 
@@ -54,7 +54,7 @@ def scales_of_weights_follow_output_channels(subject: Subject) -> Places:
     """
     for node in subject.nodes:
         weight = _weight_of(subject, node.op, node.inputs)
-        if node.op not in ("Conv", "Gemm") or weight is None or weight.is_per_tensor:
+        if node.op not in ("Conv", "Gemm") or weight is None or weight.is_per_tensor or weight.block_size:
             continue
         axis = scale_axis(node, weight)
         if weight.axis != axis:
@@ -73,7 +73,7 @@ def the_model_is_quantized(subject: Subject) -> Places:
 
     Source: without any, all operators run in float.
     """
-    if any(node.op.startswith(("Q", "DynamicQuantize")) for node in subject.nodes) or subject.quantizers:
+    if any(node.op.startswith(("Q", "DynamicQuantize", "MatMulNBits")) for node in subject.nodes) or subject.quantizers:
         return
     rules = subject.target.rules
     gaining = [node for node in subject.nodes if node.op in rules and rules[node.op].role is Role.GAINS]
@@ -157,7 +157,7 @@ def few_quantizers_are_left(subject: Subject) -> Places:
 
 
 def figures(subject: Subject) -> Mapping[str, int | float]:
-    """The share of MACs in int8, and how many Q and DQ nodes the file and the optimized graph hold."""
+    """Shares of MACs in int8 and with weights in blocks; how many Q and DQ nodes file and optimized graph hold."""
     found = subject.shared(proof)
     counted: dict[str, int | float] = {"Q and DQ nodes in the file": len(subject.quantizers)}
     if isinstance(found, ModelError):
@@ -166,8 +166,10 @@ def figures(subject: Subject) -> Mapping[str, int | float]:
         counted["Q and DQ nodes that onnxruntime runs"] = found.quantizers_left
     macs = subject.shared(_macs)
     if total := sum(macs.values()):
-        in_int8 = _in_int8(subject)
-        counted["share of MACs in int8"] = sum(macs.get(place, 0) for place in in_int8) / total
+        in_blocks = _in_blocks(subject)
+        counted["share of MACs in int8"] = sum(macs.get(place, 0) for place in _in_int8(subject) - in_blocks) / total
+        if in_blocks:
+            counted["share of MACs with weights in blocks"] = sum(macs.get(place, 0) for place in in_blocks) / total
     return counted
 
 
@@ -191,11 +193,29 @@ def _in_int8(subject: Subject) -> set[Place]:
             for node in subject.nodes
             if node.op.startswith("QLinear") or (node.op in rules and id(node) not in in_float and subject.quantizers)
         )
+    return _places_of(subject, in_int8)
+
+
+def _in_blocks(subject: Subject) -> set[Place]:
+    """The products whose weights are in blocks, and whose activations are float."""
+    found = subject.shared(proof)
+    if isinstance(found, Int8Proof):
+        return _places_of(subject, found.in_blocks)
+    in_float = {id(each.node) for each in subject.shared(float_operators)}
+    in_blocks = {
+        id(node)
+        for node in subject.nodes
+        if node.op == "MatMulNBits" or (weight_in_blocks(node) is not None and id(node) not in in_float)
+    }
+    return _places_of(subject, in_blocks)
+
+
+def _places_of(subject: Subject, nodes: Collection[int]) -> set[Place]:
     return {
         (key, node.outputs[0].name)
         for key, graph in gs_graphs(subject.model.graph)
         for node in graph.nodes
-        if id(node) in in_int8 and node.outputs
+        if id(node) in nodes and node.outputs
     }
 
 
@@ -224,6 +244,7 @@ _FLOAT_REASONS = (
     _reason("ORT019", "Stored types fit together"),
     _reason("ORT020", "Operators that only move values keep the scale"),
     _reason("ORT021", "Operators have the attributes and the axis of scales that int8 kernels take"),
+    _reason("ORT023", "Weights in blocks have the form that MatMulNBits takes"),
     _reason("ORT029", "Every operator with quantizers around it runs in int8"),
 )
 

@@ -40,6 +40,8 @@ class Rule:
             layer: the runtime pads them, if output channels are a multiple of the target's `channel_multiple`.
         minimum_grouped_kernel: fewer channels gain too in groups with kernels of at least this size and such output
             channels; 0: they do not.
+        largest_kernel: largest product of a Conv's kernel sizes that gains; None: any.
+        counts_groups_alone: input channels are those of one group.
         on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
             for them but does not fuse the operator with pairs around it.
         filled_from: of such an operator, the input with a value for new elements; it must be 0, for which the zero
@@ -56,6 +58,8 @@ class Rule:
     minimum_channels: int = 1
     pads_inputs: bool = False
     minimum_grouped_kernel: int = 0
+    largest_kernel: int | None = None
+    counts_groups_alone: bool = False
     on_integers: bool = False
     filled_from: int | None = None
 
@@ -83,6 +87,23 @@ class Costs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Weights of few bits with a scale for each block, for matrix products whose activations stay float.
+
+    Attributes:
+        quant_type: of the stored weights; asymmetric types have a zero point for each block.
+        sizes: of blocks that kernels read; the first is the one to take unless asked for another.
+        divide: blocks must divide the length of the sums; else the last block may be shorter.
+        may_be_shared: several products may read one DequantizeLinear; else each needs one of its own.
+    """
+
+    quant_type: QuantType
+    sizes: tuple[int, ...]
+    divide: bool
+    may_be_shared: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A runtime and device that Q/DQ graphs are made for.
 
@@ -100,7 +121,10 @@ class Target:
             depthwise kernels do not.
         runs_here: the target is onnxruntime on this CPU: figures measured here are its own. For the others, outputs
             are checked with the arithmetic that Q and DQ stand for, and latency here says nothing.
-        activations: types of activations that `qdq:activations` may ask for, by name.
+        activations: types of activations that `qdq:activations` may ask for, by name. Where they are floats, so are the
+            weights: no kernel multiplies floats by integers.
+        activation_rules: by such a name, the rules that hold instead of `rules`.
+        block_weights: weights in blocks that `qdq:weights` may ask for, by name.
         channel_multiple: kernels are fastest at channel counts that are multiples of it.
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
@@ -123,6 +147,8 @@ class Target:
     saturates: bool = False
     runs_here: bool = False
     activations: Mapping[str, QuantType] = field(default_factory=dict)
+    activation_rules: Mapping[str, Mapping[str, Rule]] = field(default_factory=dict)
+    block_weights: Mapping[str, Blocks] = field(default_factory=dict)
     channel_multiple: int = 8
     costs: Costs | None = None
     notes: tuple[str, ...] = ()

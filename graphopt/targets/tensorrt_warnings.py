@@ -48,6 +48,8 @@ def all_inputs_are_quantized_or_none(subject: Subject) -> Places:
     """
     for node in weighted(subject):
         first, second = (dequantizer_of(tensor) for tensor in node.inputs[:2])
+        if second is not None and second.block_size and is_weight(second):
+            continue  # weights alone are quantized, for their bytes
         if (first is None) != (second is None):
             lacking = node.inputs[0 if first is None else 1].name
             yield label_of(node), f"it runs in float: {lacking} is not quantized, its other input is; quantize both"
