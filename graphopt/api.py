@@ -354,9 +354,9 @@ def _lint_warnings(report: Report) -> list[str]:
     assert report.lint is not None
     advice = "graphopt lint lists what to mend"
     warnings = [f"lint: {report.lint.verdict}; {advice}"] if report.lint.failed else []
-    speedup = None if report.check is None else report.check.speedup
-    if speedup is not None and speedup < _SLOWER:
-        slower = f"int8 is slower than float on this machine ({1 / speedup:.2f} x the time)"
+    if report.check is not None and report.check.is_slower:
+        assert report.check.speedup is not None
+        slower = f"int8 is slower than float on this machine ({1 / report.check.speedup:.2f} x the time)"
         found = report.lint.count(Severity.WARNING)
         why = (
             f"{found} operators run in float or slow int8: {advice}"
@@ -365,9 +365,6 @@ def _lint_warnings(report: Report) -> list[str]:
         )
         warnings.append(f"{slower}: {why}")
     return warnings
-
-
-_SLOWER = 0.97  # of the speed of the float model: closer, it is noise
 
 
 def _changed_outputs(pipeline: Sequence[Pass], result: Result) -> bool:

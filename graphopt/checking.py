@@ -22,6 +22,7 @@ from graphopt.runtime import measure_latency, open_session
 LAYER_BATCH = 48
 """Tensors compared in one run over the samples: all at once would hold every activation of both models."""
 _LATENCY_SECONDS = 1.0
+_SLOWER = 0.97  # of the reference's speed: closer, it is noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,11 @@ class Check:
         if self.reference_latency is None or self.other_latency is None:
             return None
         return self.reference_latency / self.other_latency
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether it was measured to be slower than the reference, by more than two measurements differ."""
+        return self.speedup is not None and self.speedup < _SLOWER
 
     def shortfalls(self, min_sqnr: float | None, min_agreement: float | None) -> list[str]:
         """The outputs that miss a limit, as sentences; `min_sqnr` in dB, `min_agreement` a share of 1."""

@@ -278,7 +278,8 @@ def _least_opset(activation: QuantType) -> int:
 def _without_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str]) -> PassResult:
     """What is said of operators that could run in int8 if their ranges were known."""
     placements = place_all(graph, target, excluded)
-    lacking = [node for each in placements for node in each.nodes if target.rules[node.op].role is Role.GAINS]
+    gaining = {op for op, rule in target.rules.items() if rule.role is Role.GAINS}
+    lacking = [node for each in placements for node in each.nodes if node.op in gaining]
     reason = "to run in int8 it needs ranges: put calibrate before qdq"
     note = f"no ranges, so only weights are quantized: calibrate before qdq is for the {len(lacking)} other operators"
     return PassResult(

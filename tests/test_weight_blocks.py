@@ -300,6 +300,14 @@ def test_without_ranges_only_weights_are_quantized_and_the_report_says_what_othe
     assert any("no ranges" in note for note in result.notes)
 
 
+def test_factors_between_operators_that_lack_ranges_are_none_of_these():
+    body, form = CONV_AND_MATMUL
+    form = form | {"weights": f"{form['weights']}, float two = {{2.0}}"}
+    body = body.replace("f = Flatten(c)", "d = Div(c, two) e = Conv<pads=[1,1,1,1]>(d, k) f = Flatten(e)")
+    _, result = in_blocks(model_with(body, **form))
+    assert len(result.skipped) == 2
+
+
 def test_with_ranges_the_other_operators_run_in_int8():
     body, form = CONV_AND_MATMUL
     model = model_with(body, **form)

@@ -71,7 +71,7 @@ def print_check(check: Check, console: Console) -> None:
             _ratio(check.reference_latency, check.other_latency, "faster", "slower"),
         )
     console.print(table)
-    if check.speedup is not None and check.speedup < 1 - _NO_DIFFERENCE:
+    if check.is_slower:
         console.print("[yellow]The result is slower than the float model on this machine.[/yellow]")
 
 
