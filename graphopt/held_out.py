@@ -58,7 +58,25 @@ class Judge:
             DataError: a sample does not fit.
             ModelError: the models have other outputs, or fail on a sample.
         """
-        outputs = compare_sessions(self._reference, session, self._held_out).outputs
+        return self._error(session, self._held_out)
+
+    def prefers(self, new: Session, old: Session) -> bool:
+        """Whether the error of `new` is the lower one on more samples than that of `old`.
+
+        Over all samples together, one with large errors may decide alone.
+
+        Raises:
+            DataError, ModelError: as `error`.
+        """
+        votes = 0
+        for feed in self._held_out:
+            alone = Samples(lambda feed=feed: iter([feed]), self._held_out.description)  # type: ignore[misc]
+            ours, theirs = (self._error(each, alone) for each in (new, old))
+            votes += int(ours < theirs) - int(ours > theirs)
+        return votes > 0
+
+    def _error(self, session: Session, samples: Samples) -> float:
+        outputs = compare_sessions(self._reference, session, samples).outputs
         errors = [10 ** (-each.sqnr_db / 10) for each in outputs if each.is_float]
         errors = errors or [1 - each.agreement for each in outputs if each.agreement is not None]
         return float(sum(errors) / len(errors)) if errors else math.nan

@@ -92,7 +92,7 @@ class InsertQdq(Pass):
     )
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
-        """Insert the pairs; reads `context.ranges` and `context.target`.
+        """Insert the pairs; reads `context.ranges` and `context.target`, leaves `context.unquantized`.
 
         Raises:
             PipelineError: no ranges, or ranges of another model.
@@ -106,6 +106,7 @@ class InsertQdq(Pass):
                 "put strip-qdq first"
             )
         infer_shapes(graph)
+        context.unquantized = copy_graph(graph)
         known = [graph] if context.original is None else [graph, context.original.graph]  # fold removes tensors
         nodes = [node for each in known for node in each.nodes]
         names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
