@@ -7,15 +7,14 @@ cut graph: a residual branch then makes up for the error of the skip connection.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.biases import Bias, bias_add, is_per_channel, only_add, put_constant, same_shape
 from graphopt.cut import Cut
 from graphopt.graph import (
-    Array,
     Names,
     constant_of,
     has_input,
@@ -23,7 +22,6 @@ from graphopt.graph import (
     label_of,
     named_tensors,
     producer,
-    set_input,
 )
 from graphopt.least_squares import Affinity, Moments
 from graphopt.linear import OPERATORS, LinearWeights, linear, set_weights
@@ -38,12 +36,16 @@ _COPIES = 3  # of the sums of products, while a system of equations is solved
 class Operator:
     """A linear operator of the cut graph, and what it should come to."""
 
-    node: gs.Node
-    adds_bias: gs.Node | None  # the Add of a constant per channel that follows a MatMul and serves as its bias
+    bias: Bias
     original: gs.Node
     target: str  # the tensor of the original that holds its output, or a sum with it
     others: tuple[gs.Tensor, ...]  # what is added to its output before the target, in the cut graph
     patches: Patches
+
+    @property
+    def node(self) -> gs.Node:
+        """The node in the cut graph."""
+        return self.bias.node
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +56,7 @@ class Operator:
     @property
     def output(self) -> str:
         """The name of the tensor that holds its output, bias included."""
-        return str((self.adds_bias or self.node).outputs[0].name)
+        return str(self.bias.output.name)
 
     @property
     def reads(self) -> str:
@@ -64,11 +66,7 @@ class Operator:
     def affinity(self) -> Affinity:
         """What it does now."""
         weight = np.asarray(constant_of(self.node.inputs[1]))
-        node, index = self._bias_place
-        bias = np.asarray(constant_of(node.inputs[index])) if has_input(node, index) else None
-        if bias is not None and self.node.op == "Gemm":
-            bias = bias * self.node.attrs.get("beta", 1.0)
-        return self.patches.affinity(weight, bias, self.node.attrs.get("alpha", 1.0))
+        return self.patches.affinity(weight, self.bias.values(), self.node.attrs.get("alpha", 1.0))
 
     def set(self, graph: gs.Graph, fitted: Affinity, names: Names) -> bool:
         """Give it another weight and bias; return False, with nothing changed, where its dtype cannot hold them."""
@@ -78,38 +76,14 @@ class Operator:
             weight, bias = weight.astype(dtype), fitted.bias.reshape(-1).astype(dtype)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             return False
-        _put(self.node, 1, weight, names)
-        if self.adds_bias is None and self.node.op == "MatMul":
+        put_constant(self.node, 1, weight, names)
+        if self.bias.add is None and self.node.op == "MatMul":
             _, after = set_weights(self.node, LinearWeights(weight, bias), names)
             place = next(index for index, node in enumerate(graph.nodes) if node is self.node)
             graph.nodes[place + 1 : place + 1] = after
             return True
-        _put(*self._bias_place, bias, names)
-        if self.node.op == "Gemm":
-            self.node.attrs["beta"] = 1.0
+        self.bias.put(bias, names)
         return True
-
-    @property
-    def _bias_place(self) -> tuple[gs.Node, int]:
-        """The node and the number of its input that is the bias."""
-        if self.adds_bias is None:
-            return self.node, 2
-        return self.adds_bias, 0 if is_constant(self.adds_bias.inputs[0]) else 1
-
-
-def _put(node: gs.Node, index: int, values: Array, names: Names) -> None:
-    """Let a node read new values, under the old name where nothing else reads the old ones."""
-    wanted = node.inputs[index].name if has_input(node, index) else f"{node.outputs[0].name}/bias"
-    is_own = has_input(node, index) and _is_own(node.inputs[index])
-    constant = gs.Constant(wanted if is_own else names.fresh(wanted), values)
-    if index < len(node.inputs):
-        set_input(node, index, constant)
-    else:
-        node.inputs.append(constant)
-
-
-def _is_own(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1
 
 
 def operators_to_refit(graph: gs.Graph, cut: Cut, context: Context) -> tuple[list[Operator], list[Skip]]:
@@ -158,18 +132,19 @@ class _Finder:
             return known
         if known.dequantized is not None:
             return "its weight is quantized: refit before qdq"
-        adds_bias = self._bias_add(node, known.output_channels) if node.op == "MatMul" else None
+        add = self._bias_add(node, known.output_channels) if node.op == "MatMul" else None
         bias = node.inputs[2] if has_input(node, 2) else None
         if any(_is_shared(tensor) for tensor in (node.inputs[1], bias) if tensor is not None):
             return "it shares its weight or bias with another node"
         if node.inputs[1].dtype not in _FLOATS:
             return "its weight is of another type than float16, float32 and float64"
-        if bias is not None and not _is_per_channel(bias, known.output_channels):
+        if bias is not None and not is_per_channel(bias, known.output_channels):
             return "its bias is not one number per channel"
-        output = (adds_bias or node).outputs[0].name
+        place = Bias(node, add)
+        output = place.output.name
         if output not in self._originals:
             return "the graph before the cut has no tensor of its output's name: put refit right after prune"
-        operator = Operator(node, adds_bias, self._originals[output], output, (), Patches(node, known.weight_shape))
+        operator = Operator(place, self._originals[output], output, (), Patches(node, known.weight_shape))
         if operator.nbytes > context.memory_budget // 2:
             return (
                 f"the products of its {operator.patches.features} inputs take {operator.nbytes / 2**20:.0f} MiB, more "
@@ -179,29 +154,21 @@ class _Finder:
 
     def with_sums(self, operator: Operator, number: int) -> Operator:
         """The operator with the sum as target that follows its output, if all else in it is there before it runs."""
-        tensor, others = (operator.adds_bias or operator.node).outputs[0], operator.others
-        while (add := self._only_add(tensor)) is not None:
+        tensor, others = operator.bias.output, operator.others
+        while (add := only_add(tensor, self._named)) is not None:
             other = next((each for each in add.inputs if each is not tensor), tensor)
             result = add.outputs[0]
             waits = other is tensor or self._last.get(id(other), -1) >= number
-            if waits or result.name not in self._originals or not _same_shape(tensor, result):
+            if waits or result.name not in self._originals or not same_shape(tensor, result):
                 break
             tensor, others = result, (*others, other)
         return replace(operator, target=tensor.name, original=self._originals[tensor.name], others=others)
 
     def _bias_add(self, matmul: gs.Node, channels: int) -> gs.Node | None:
-        add = self._only_add(matmul.outputs[0])
-        constants = [] if add is None else [each for each in add.inputs if is_constant(each)]
-        if add is None or len(constants) != 1 or not _same_shape(matmul.outputs[0], add.outputs[0]):
-            return None
-        return add if _is_per_channel(constants[0], channels) and not _is_shared(constants[0]) else None
-
-    def _only_add(self, tensor: gs.Tensor) -> gs.Node | None:
-        """The Add that alone reads a tensor."""
-        if id(tensor) in self._named or len(tensor.outputs) != 1:
-            return None
-        reader = tensor.outputs[0]
-        return reader if reader.op == "Add" and not reader.domain else None
+        """The Add that serves as the bias of a MatMul, where no other node reads its constant."""
+        add = bias_add(matmul, channels, self._named)
+        is_free = add is not None and not any(_is_shared(each) for each in add.inputs if is_constant(each))
+        return add if is_free else None
 
 
 _FLOATS = (np.float16, np.float32, np.float64)
@@ -215,12 +182,3 @@ def _is_shared(constant: gs.Tensor) -> bool:
             return False
         constant = source.inputs[0]
     return True
-
-
-def _is_per_channel(bias: gs.Tensor, channels: int) -> bool:
-    shape = np.asarray(constant_of(bias)).shape
-    return math.prod(shape) == 1 or (math.prod(shape) == channels and shape[-1] == channels)
-
-
-def _same_shape(one: gs.Tensor, other: gs.Tensor) -> bool:
-    return one.shape is not None and other.shape is not None and list(one.shape) == list(other.shape)

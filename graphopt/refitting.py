@@ -18,13 +18,13 @@ import onnx_graphsurgeon as gs
 from graphopt.cut import Cut
 from graphopt.feeds import Samples
 from graphopt.graph import Array, Names, constant_of, is_constant
+from graphopt.held_out import is_held_out
 from graphopt.least_squares import Affinity, Moments
 from graphopt.pass_base import Context
 from graphopt.progress import track
 from graphopt.refit_operators import Operator, operators_to_refit
 from graphopt.replay import Piece, Replay
 
-HELD_OUT = 4  # one sample in so many
 _EXACT = 1e-9  # of the target's variance
 
 
@@ -65,11 +65,6 @@ class Data:
     count: int
     rows: int
     seed: int
-
-    @staticmethod
-    def is_held_out(index: int) -> bool:
-        """Whether a sample is not fitted to, but judged by: every fourth is."""
-        return index % HELD_OUT == HELD_OUT - 1
 
 
 def refit(
@@ -115,7 +110,7 @@ def _evidence(operator: Operator, replay: Replay, cut: Cut, data: Data) -> Evide
         target = _kept(before[operator.target], cut, operator.target)
         for tensor in operator.others:
             target = target - (now[tensor.name] if tensor.name in now else np.asarray(constant_of(tensor)))
-        sums = evidence.judge if data.is_held_out(index) else evidence.fit
+        sums = evidence.judge if is_held_out(index) else evidence.fit
         for x, y in operator.patches.rows(now[operator.reads], target, most, random):
             sums.add(x, y)
     return evidence

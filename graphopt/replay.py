@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from graphopt.errors import DataError, GraphoptError
 from graphopt.feeds import Array, Samples, place_of
 from graphopt.frame import Frame, GraphFrame
-from graphopt.graph import is_constant, present
+from graphopt.graph import present
 from graphopt.model_io import Model
 from graphopt.node_order import names_read, sorted_nodes
 from graphopt.runtime import Session, open_session
@@ -46,6 +46,7 @@ class _Graph:
     graph: gs.Graph
     frame: Frame
     budget: int
+    optimize: bool
     held: list[Values] = field(default_factory=list)  # by sample; empty until something is kept
 
     def next(self, piece: Piece) -> _Step:
@@ -107,7 +108,7 @@ class _Step:
         )
         # without entries for its tensors: their stated shapes are those of before a pass changed them
         bare = Frame(header=frame.header, graphs={(): GraphFrame()}, functions=frame.functions)
-        return open_session(Model(part, bare), extra_outputs=self._computed)
+        return open_session(Model(part, bare), optimize=self._owner.optimize, extra_outputs=self._computed)
 
 
 class Replay:
@@ -120,13 +121,21 @@ class Replay:
         samples: feeds for both.
         count: how many there are.
         memory_budget: bytes that all kept tensors may take.
+        optimize: whether onnxruntime may rewrite the pieces; if not, Q and DQ compute what they stand for.
     """
 
     def __init__(
-        self, graphs: tuple[gs.Graph, gs.Graph], frame: Frame, samples: Samples, count: int, memory_budget: int
+        self,
+        graphs: tuple[gs.Graph, gs.Graph],
+        frame: Frame,
+        samples: Samples,
+        count: int,
+        memory_budget: int,
+        *,
+        optimize: bool = True,
     ) -> None:
         self._samples, self._count = samples, count
-        self._graphs = tuple(_Graph(graph, frame, memory_budget // 2) for graph in graphs)
+        self._graphs = tuple(_Graph(graph, frame, memory_budget // 2, optimize) for graph in graphs)
 
     def run(self, *pieces: Piece) -> Iterator[tuple[Values, ...]]:
         """Yield, sample by sample, the tensors that each graph's piece asks for; to be read to the end.
@@ -155,10 +164,15 @@ def _fits(values: Mapping[str, object], budget: int) -> bool:
 
 
 def _crossing(graph: gs.Graph, nodes: Sequence[gs.Node], before: gs.Node) -> list[str]:
-    """Names of the tensors that are there before a node runs and are read by it or after it."""
+    """Names of the tensors that are there before a node runs and are read by it or after it.
+
+    Those that depend on constants alone, such as dequantized weights, are left out: each sample would hold them.
+    """
     place = next(index for index, node in enumerate(nodes) if node is before)
     there = {tensor.name for tensor in graph.inputs}
-    there.update(tensor.name for node in nodes[:place] for tensor in present(node.outputs) if not is_constant(tensor))
+    for node in nodes[:place]:
+        if not there.isdisjoint(names_read(node)):
+            there.update(tensor.name for tensor in present(node.outputs))
     return [name for name in dict.fromkeys(n for node in nodes[place:] for n in names_read(node)) if name in there]
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from graphopt.errors import PipelineError
 from graphopt.pass_base import Pass
 from graphopt.passes.calibrate import Calibrate
+from graphopt.passes.correct_bias import CorrectBias
 from graphopt.passes.fold import MEMBERS, Fold
 from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
@@ -36,6 +37,7 @@ from graphopt.passes.strip_qdq import StripQdq
 
 __all__ = [
     "Calibrate",
+    "CorrectBias",
     "Fold",
     "FoldAffine",
     "FoldBatchNorm",
@@ -61,7 +63,17 @@ __all__ = [
     "registry",
 ]
 
-_OWN: tuple[type[Pass], ...] = (Fold, *MEMBERS, FreezeInputs, Prune, Refit, Calibrate, InsertQdq, StripQdq)
+_OWN: tuple[type[Pass], ...] = (
+    Fold,
+    *MEMBERS,
+    FreezeInputs,
+    Prune,
+    Refit,
+    Calibrate,
+    InsertQdq,
+    CorrectBias,
+    StripQdq,
+)
 
 
 @cache

@@ -115,7 +115,7 @@ class InsertQdq(Pass):
     )
 
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
-        """Insert the pairs; reads `context.ranges` and `context.target`.
+        """Insert the pairs; reads `context.ranges` and `context.target`, leaves `context.unquantized`.
 
         Raises:
             PipelineError: no ranges where activations are to be quantized, or ranges of another model.
@@ -129,6 +129,7 @@ class InsertQdq(Pass):
                 f"the model is quantized already ({counts} nodes): to quantize it anew, put strip-qdq first"
             )
         infer_shapes(graph)
+        context.unquantized = copy_graph(graph)
         if blocks is None:
             assert ranges is not None
             return self._insert_pairs(graph, context, ranges, self._excluded(graph))

@@ -14,7 +14,6 @@ behind a cut are refitted, sums of residual branches included, and the samples n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,19 +21,19 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from graphopt.compare import compare_sessions
 from graphopt.cut import Cut
-from graphopt.errors import DataError, PipelineError
+from graphopt.errors import PipelineError
 from graphopt.feeds import Samples
 from graphopt.graph import Names
 from graphopt.graph_copy import copy_graph
+from graphopt.held_out import HELD_OUT, Judge, count_of, percent
 from graphopt.least_squares import Affinity
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model
 from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.refit_operators import Operator, operators_to_refit
-from graphopt.refitting import HELD_OUT, Data, Evidence, Rule, refit
-from graphopt.runtime import Session, open_session
+from graphopt.refitting import Data, Evidence, Rule, refit
+from graphopt.runtime import open_session
 
 _FEW = 32  # samples; fewer say little about what held-out ones will need
 _ROWS_FOR_MEANS = 2**12
@@ -108,13 +107,7 @@ class Refit(Pass):
             session = open_session(Model(cut.original, context.frame))
             return made_up_samples(session, count=self.samples, seed=context.seed), self.samples
         samples = context.samples.first(self.samples)
-        count = sum(1 for _ in samples) if samples.count is None else samples.count
-        if count < HELD_OUT:
-            raise DataError(
-                f"{samples.description}: refit needs {HELD_OUT} samples at least, to fit to some and to judge by "
-                f"others; there {'is' if count == 1 else 'are'} {count}"
-            )
-        return samples, count
+        return samples, count_of(samples, self.name)
 
     def _rule_and_rows(self, step: Step) -> tuple[Rule, int]:
         if step is Step.ABSORB:
@@ -144,14 +137,14 @@ class _Ladder:
         self.maps: Mapping[str, Affinity] = {}
         self._graph, self._cut, self._context = graph, cut, context
         self._samples, self._count = samples, count
-        self._original = open_session(Model(cut.original, context.frame))
-        self._error = self._error_of(open_session(Model(graph, context.frame)))
+        self._judge = Judge(open_session(Model(cut.original, context.frame)), samples)
+        self._error = self._judge.error(open_session(Model(graph, context.frame)))
         self._announced = f"up to {(largest + context.memory_budget // 2) / 2**20:.0f} MiB"
         self.memory = (
             f"memory: up to {largest / 2**20:.0f} MiB of sums, and up to {context.memory_budget / 2**21:.0f} MiB of "
             "activations between operators"
         )
-        self.lines = [f"error on {count // HELD_OUT} held-out samples: cut alone {_percent(self._error)}"]
+        self.lines = [f"error on {count // HELD_OUT} held-out samples: cut alone {percent(self._error)}"]
 
     def climb(self, step: str, rule: Rule, rows: int) -> None:
         """Take a step from the best weights so far, and keep it where the held-out error falls."""
@@ -159,27 +152,11 @@ class _Ladder:
         context = self._context
         data = Data(self._samples, self._count, rows, context.seed)
         maps = refit(trial, self._cut, data, rule, context, f"{step}, {self._announced}")
-        error = self._error_of(open_session(Model(trial, context.frame))) if maps else self._error
+        error = self._judge.error(open_session(Model(trial, context.frame))) if maps else self._error
         is_kept = error < self._error
-        self.lines.append(f"{step}: {_percent(error)}, {'kept' if is_kept else 'not kept'}")
+        self.lines.append(f"{step}: {percent(error)}, {'kept' if is_kept else 'not kept'}")
         if is_kept:
             self._graph, self._error, self.maps = trial, error, {**self.maps, **maps}
-
-    def _error_of(self, session: Session) -> float:
-        """The noise over the signal on the held-out samples, averaged over the outputs."""
-        held_out = Samples(
-            lambda: (feed for index, feed in enumerate(self._samples) if Data.is_held_out(index)),
-            self._samples.description,
-        )
-        outputs = compare_sessions(self._original, session, held_out).outputs
-        errors = [10 ** (-each.sqnr_db / 10) for each in outputs if each.is_float]
-        errors = errors or [1 - each.agreement for each in outputs if each.agreement is not None]
-        return float(sum(errors) / len(errors)) if errors else math.nan
-
-
-def _percent(error: float) -> str:
-    decibels = -10 * math.log10(error) if error > 0 else math.inf
-    return f"{error:.2%} of the outputs' power ({decibels:.1f} dB)"
 
 
 def _set(graph: gs.Graph, operators: list[Operator], maps: Mapping[str, Affinity]) -> int:

@@ -125,3 +125,20 @@ def test_a_sample_that_a_graph_does_not_run_on_is_named():
     replay = Replay((graph, original), Frame(), Samples(lambda: iter(feeds), "made here", 2), 2, 2**20)
     with pytest.raises(DataError, match="does not run on sample 1"):
         list(replay.run(*(Piece(node_of(each, "second"), ["first"]) for each in (graph, original))))
+
+
+def test_what_depends_on_constants_alone_is_computed_again_not_kept_with_each_sample():
+    text = SKIP.replace(
+        "float[4, 4] b = {0,1,0,0, 0,1,1,0, 1,0,1,0, 0,0,0,1}>",
+        "int8[4, 4] q = {0,1,0,0, 0,1,1,0, 1,0,1,0, 0,0,0,1}, float s = {0.5}>",
+    )
+    text = text.replace("first =", "b = DequantizeLinear (q, s)  first =")
+    graphs = tuple(load_model(onnx.parser.parse_model(text)).graph for _ in range(2))
+    samples = Samples(CountedSamples().start, "made here", COUNT)
+    replay = Replay(graphs, Frame(), samples, COUNT, 2**20, optimize=False)  # else the weight is rounded again
+    for output in ("first", "second", "y"):
+        (now, then), *_ = replay.run(*(Piece(node_of(each, output), [output]) for each in graphs))
+        session = open_session(Model(graphs[0]), optimize=False, extra_outputs=[output])
+        np.testing.assert_array_equal(now[output], session.run(FEEDS[0])[output])
+        np.testing.assert_array_equal(now[output], then[output])
+        assert "b" not in replay._graphs[0].held[0]
