@@ -214,7 +214,7 @@ def held_out_error(graph, context):
     return judge.error(open_session(Model(graph, context.frame), optimize=False))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**31), depth=st.integers(2, 4), percent=st.sampled_from([90.0, 97.0, 99.9]))
 def test_the_held_out_error_never_rises(seed, depth, percent):
     model, context = quantized_chain(depth, seed, percent)
