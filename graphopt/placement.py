@@ -225,6 +225,8 @@ class _Placing:
             return None
         if group > 1 and fits and 0 < rule.minimum_grouped_kernel <= min(kernel, default=0):
             return None
+        if rule.counts_groups_alone:
+            return f"{channels_in} channels in and {channels_out} out of a group: under {least}, there is no kernel"
         return f"{channels_in} channels in and {channels_out} out: under {least}, int8 is no faster"
 
     def _skip_loops(self) -> None:

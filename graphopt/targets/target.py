@@ -41,7 +41,7 @@ class Rule:
         minimum_grouped_kernel: fewer channels gain too in groups with kernels of at least this size and such output
             channels; 0: they do not.
         largest_kernel: largest product of a Conv's kernel sizes that gains; None: any.
-        counts_groups_alone: input channels are those of one group.
+        counts_groups_alone: input channels are those of one group, and with fewer there is no kernel.
         on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
             for them but does not fuse the operator with pairs around it.
         filled_from: of such an operator, the input with a value for new elements; it must be 0, for which the zero
