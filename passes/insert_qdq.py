@@ -26,6 +26,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.autotune import tune
 from graphopt.branch_tensors import branch_tensors
+from graphopt.calibrated_placement import place_calibrated
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
 from graphopt.graph import all_graphs
@@ -163,13 +164,13 @@ class InsertQdq(Pass):
         names.update(name for each in known for name in (*branch_tensors(each), *(one.name for one in each.inputs)))
         unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
-        placements = _place_with_ranges(graph, target, excluded, ranges)
+        placements = place_calibrated(graph, target, excluded, ranges)
         if not any(each.nodes for each in placements):
             return PassResult(skipped=_skipped(placements))
         if (raised := raise_opset(graph, _least_opset(target.activation))) is not None:  # some nodes are others now
             infer_shapes(graph)
             excluded = self._excluded(graph)
-            placements = _place_with_ranges(graph, target, excluded, ranges)
+            placements = place_calibrated(graph, target, excluded, ranges)
         slower: dict[int, str] = {}
         measured = ""
         if self.autotune:
@@ -180,7 +181,7 @@ class InsertQdq(Pass):
             slower = too_small(graph, placements, target.costs, shapes)
         if slower:
             excluded |= slower
-            placements = _place_with_ranges(graph, target, excluded, ranges)
+            placements = place_calibrated(graph, target, excluded, ranges)
         placements = _quantize(graph, target, placements, excluded, ranges)
         notes = (measured,) if measured else ()
         operators, activations, weights, operands = (
@@ -320,7 +321,7 @@ def _slower_here(
         gone = {id(node) for position in left_out for node in islands[position].nodes}
         floats = {position_of[key]: excluded.get(key, "") for key in (*gone, *excluded) if key in position_of}
         stay = {id(nodes[position]): why for position, why in floats.items()}
-        _quantize(copy, target, _place_with_ranges(copy, target, stay, ranges), stay, ranges)
+        _quantize(copy, target, place_calibrated(copy, target, stay, ranges), stay, ranges)
         return Model(copy, context.frame)
 
     tuned = tune(islands, build, feed, progress=context.progress)
@@ -335,46 +336,6 @@ def _quantize(
     if decomposed := [node for each in placements for node in each.nodes if node.op in target.decomposed]:
         ranges = decompose_activations(graph, decomposed, ranges)
         infer_shapes(graph)
-        placements = _place_with_ranges(graph, target, excluded, ranges)
+        placements = place_calibrated(graph, target, excluded, ranges)
     insert_pairs(graph, target, placements, ranges)
     return placements
-
-
-def _place_with_ranges(
-    graph: gs.Graph, target: Target, excluded: dict[int, str], ranges: Ranges
-) -> tuple[Placement, ...]:
-    """The placements over tensors whose ranges are known; operators that need another one's pair stay float.
-
-    Raises:
-        PipelineError: no range fits the graph.
-    """
-    placements = place_all(graph, target, excluded)
-    wanted = [name for each in placements for name in each.observed]
-    if wanted and ranges.tensors and not any(name in ranges.tensors for name in wanted):
-        raise PipelineError(
-            f"the ranges are of another model: none is called like this one's tensors ({wanted[0]}, ...)"
-        )
-    for placement in placements:
-        if _is_unseen(placement, ranges):
-            excluded |= {id(node): _UNSEEN.format(placement.branch) for node in placement.nodes}
-    while missing := [
-        (placement.users[name], activation.range_name)
-        for placement in placements
-        for name, activation in placement.activations.items()
-        if activation.range_name not in ranges.tensors
-    ]:
-        for users, name in missing:
-            for node in users:
-                excluded.setdefault(id(node), f"no range is known for {name}")
-        placements = place_all(graph, target, excluded)
-    return placements
-
-
-_UNSEEN = "no sample took the branch {} in calibration, so it has no ranges: calibrate on samples that do"
-
-
-def _is_unseen(placement: Placement, ranges: Ranges) -> bool:
-    """Whether a branch computes tensors that it needs ranges of, and none has one."""
-    own = {id(tensor) for node in placement.graph.nodes for tensor in node.outputs}
-    names = [each.range_name for each in placement.activations.values() if id(each.source) in own]
-    return bool(placement.branch and names) and not any(name in ranges.tensors for name in names)
