@@ -233,6 +233,7 @@ class Names:
 
     def __init__(self, graph: gs.Graph) -> None:
         self._graph = graph
+        self._last: dict[str, int] = {}  # number given last to each name wanted: counting anew would be quadratic
 
     @cached_property
     def _used(self) -> set[str]:
@@ -247,9 +248,10 @@ class Names:
 
     def fresh(self, wanted: str) -> str:
         """`wanted`, or `wanted_1`, `wanted_2` ... if it is taken; the name is taken from now on."""
-        name, number = wanted, 0
+        name, number = wanted, self._last.get(wanted, 0)
         while name in self._used:
             number += 1
             name = f"{wanted}_{number}"
         self._used.add(name)
+        self._last[wanted] = number
         return name
