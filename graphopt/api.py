@@ -25,7 +25,6 @@ from graphopt.model_io import Model, Source, load_model, refuse_target
 from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, InlineFunctions, InsertQdq, registry
-from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.pipeline import parse_pipeline
 from graphopt.preprocess import AnyPreprocess
 from graphopt.progress import Progress, silent
@@ -111,7 +110,7 @@ def calibrate(
     data: DataSource | None = None,
     *,
     passes: str | Sequence[Pass] = "fold",
-    method: Method = DEFAULT_METHOD,
+    method: Method = Method.MSE,
     percent: float = 99.99,
     histograms: bool = False,
     moments: bool = False,
@@ -129,7 +128,8 @@ def calibrate(
         model: a path, a ModelProto or a gs.Graph.
         data: what `load_samples` takes; None: ranges come without data (`graphopt.data_free`).
         passes: what `optimize` will run before `calibrate`, so that tensors have the names that it will ask for.
-        method: how ranges are chosen.
+        method: how ranges are chosen. SEARCH, the default of the pass, is not the one here: shards cannot search,
+            and their ranges are to be those of all the data.
         percent: for the method percentile.
         histograms: whether to keep them, to merge ranges or to choose others later; always with `shard`.
         moments: whether mean and mean square are exact, not to half a bin: up to twice the time.
@@ -153,8 +153,11 @@ def calibrate(
         raise PipelineError("the passes of calibrate are those that come before it in the pipeline of optimize")
     keep = histograms or shard is not None
     pipeline.append(Calibrate(method=method, percent=percent, histograms=keep, moments=moments, channels=channels))
-    if shard is not None and (data is None or not method.merges):
-        raise PipelineError("a shard needs --data and a method that does not depend on the order of the samples")
+    if shard is not None:
+        if data is None:
+            raise PipelineError("a shard is of the samples in --data: give them")
+        if method.why_not_from_histograms is not None:
+            raise PipelineError(f"{method.why_not_from_histograms}: parts of the data cannot be merged by it")
     float_model = load_model(model)
     context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
     context.samples = _samples(float_model, data, preprocess, samples)

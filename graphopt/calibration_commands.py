@@ -16,7 +16,6 @@ from graphopt.data import Shard
 from graphopt.errors import DataError, PipelineError
 from graphopt.merging import merged
 from graphopt.model_io import load_model
-from graphopt.passes.calibrate import DEFAULT_METHOD
 from graphopt.progress import Progress
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import write_ranges
@@ -41,7 +40,9 @@ def add_calibrate(commands: Any) -> None:
         "--passes", default="fold", metavar="PIPELINE", help="what optimize runs before calibrate; default: fold"
     )
     calibrating.add_argument("--target", default="ort-cpu", metavar="T", help=", ".join(targets()))
-    calibrating.add_argument("--method", default=DEFAULT_METHOD.value, metavar="M", help=f"{', '.join(_METHODS)}")
+    calibrating.add_argument(
+        "--method", default=Method.MSE.value, metavar="M", help=f"{', '.join(_METHODS)}; default: mse"
+    )
     calibrating.add_argument("--percent", type=float, default=99.99, metavar="P", help="for the method percentile")
     calibrating.add_argument("--histograms", action="store_true", help="keep them, to choose other ranges later")
     calibrating.add_argument("--moments", action="store_true", help="exact mean and mean square, up to twice the time")

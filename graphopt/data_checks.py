@@ -7,6 +7,7 @@ added up, name the data whatever their order (`graphopt.ranges`).
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -54,6 +55,17 @@ class DataChecks:
         if total < FEW_SAMPLES:
             found.append(f"the ranges come from {total} samples; from {FEW_SAMPLES} on they are steadier")
         return tuple(found)
+
+    def drawn(self, limit: int) -> list[Feed]:
+        """At most `limit` different samples, held in memory: the same ones in the same order, however they came."""
+        wanted, found = set(heapq.nsmallest(limit, self._digests)), dict[str, Feed]()
+        for feed in self._source:
+            digest = _digest(feed)
+            if digest in wanted:
+                found[digest] = feed
+            if len(found) == len(wanted):
+                break
+        return [found[digest] for digest in sorted(found)]
 
     def _watched(self) -> Iterator[Feed]:
         self._digests, self._constant = {}, []

@@ -51,15 +51,8 @@ class Judge:
         )
 
     def error(self, session: Session) -> float:
-        """The noise over the signal, as in SQNR, averaged over the outputs.
-
-        Where no output is a float, the share of elements that differ; NaN where nothing can be compared.
-
-        Raises:
-            DataError: a sample does not fit.
-            ModelError: the models have other outputs, or fail on a sample.
-        """
-        return self._error(session, self._held_out)
+        """`noise_to_signal` of a model; with its errors."""
+        return noise_to_signal(self._reference, session, self._held_out)
 
     def prefers(self, new: Session, old: Session) -> bool:
         """Whether the error of `new` is the lower one on more samples than that of `old`.
@@ -72,18 +65,31 @@ class Judge:
         votes = 0
         for feed in self._held_out:
             alone = Samples(partial(iter, [feed]), self._held_out.description)
-            ours, theirs = (self._error(each, alone) for each in (new, old))
+            ours, theirs = (noise_to_signal(self._reference, each, alone) for each in (new, old))
             votes += int(ours < theirs) - int(ours > theirs)
         return votes > 0
 
-    def _error(self, session: Session, samples: Samples) -> float:
-        outputs = compare_sessions(self._reference, session, samples).outputs
-        errors = [10 ** (-each.sqnr_db / 10) for each in outputs if each.is_float]
-        errors = errors or [1 - each.agreement for each in outputs if each.agreement is not None]
-        return float(sum(errors) / len(errors)) if errors else math.nan
+
+def noise_to_signal(reference: Session, session: Session, samples: Samples) -> float:
+    """The noise over the signal, as in SQNR, averaged over the outputs.
+
+    Where no output is a float, the share of elements that differ; NaN where nothing can be compared.
+
+    Raises:
+        DataError: a sample does not fit.
+        ModelError: the models have other outputs, or fail on a sample.
+    """
+    outputs = compare_sessions(reference, session, samples).outputs
+    errors = [10 ** (-each.sqnr_db / 10) for each in outputs if each.is_float]
+    errors = errors or [1 - each.agreement for each in outputs if each.agreement is not None]
+    return float(sum(errors) / len(errors)) if errors else math.nan
 
 
 def percent(error: float) -> str:
-    """An error of `Judge.error` as reports show it."""
-    decibels = -10 * math.log10(error) if error > 0 else math.inf
-    return f"{error:.2%} of the outputs' power ({decibels:.1f} dB)"
+    """An error of `noise_to_signal` as reports show it."""
+    return f"{error:.2%} of the outputs' power ({decibels(error)})"
+
+
+def decibels(error: float) -> str:
+    """An error of `noise_to_signal` as SQNR."""
+    return f"{-10 * math.log10(error) if error > 0 else math.inf:.1f} dB"

@@ -202,6 +202,11 @@ class Ranges:
         }
         return replace(self, tensors=tensors, method=method, percent=percent, target=target.name)
 
+    def without_histograms(self) -> Ranges:
+        """The same, as another method cannot use them."""
+        tensors = {name: replace(found, histogram=None, response=None) for name, found in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
 
 def range_of(
     seen: Extremes,

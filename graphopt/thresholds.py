@@ -34,8 +34,9 @@ few channels and places. Of 1, 2, 3, 4, 6, 8 and 16, 2 and 3 keep most of the SQ
 
 
 class Method(Enum):
-    """How a range is chosen from what calibration saw."""
+    """How a range is chosen from what calibration saw; SEARCH tries several on a whole model."""
 
+    SEARCH = "search"
     AUTO = "auto"
     MINMAX = "minmax"
     MOVING_AVERAGE = "moving-average"
@@ -51,14 +52,10 @@ class Method(Enum):
         return few.get(self, Histogram)
 
     @property
-    def merges(self) -> bool:
-        """Whether what was seen of two shards of the data merges into what all of it shows."""
-        return self.why_not_from_histograms is None
-
-    @property
     def why_not_from_histograms(self) -> str | None:
         """Why the ranges do not follow from histograms, merged ones or kept ones; None where they do."""
         return {
+            Method.SEARCH: "search quantizes the model and runs it on samples",
             Method.MOVING_AVERAGE: "moving-average depends on the order of the samples",
             Method.DATA_FREE: "data-free looks at the model's BatchNormalization, not at samples",
         }.get(self)
@@ -76,7 +73,7 @@ def choose_range(
 
     Args:
         seen: at least one value; what the method's `statistics` are.
-        method: how to choose. AUTO searches as MSE does, with errors of clipped values counting `_CLIPPING_WEIGHT`
+        method: how to choose; not SEARCH, which is no rule for one tensor. AUTO looks for both ends as MSE does, with errors of clipped values counting `_CLIPPING_WEIGHT`
             times; where that clips nothing, it has turned out as MINMAX, and as MSE elsewhere.
         quant_type: of the quantized tensor: its number of steps, and whether they are symmetric around 0.
         percent: for PERCENTILE, the share of the values that is not clipped, above 0 and up to 100.
@@ -84,6 +81,8 @@ def choose_range(
     """
     if not seen.count:
         raise ValueError("there is no range of no values")
+    if method is Method.SEARCH:
+        raise ValueError("search chooses among methods, no range")
     if method in (Method.MINMAX, Method.DATA_FREE):
         return seen.minimum, seen.maximum, method
     if isinstance(seen, MovingAverage):

@@ -22,6 +22,7 @@ from graphopt.feeds import Samples
 from graphopt.histogram import Histogram
 from graphopt.input_checks import input_warnings
 from graphopt.made_up import made_up_samples
+from graphopt.method_search import CANDIDATES, SAMPLES, search
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
@@ -32,7 +33,7 @@ from graphopt.runtime import open_session
 from graphopt.shapes import infer_shapes
 from graphopt.thresholds import Method
 
-DEFAULT_METHOD = Method.MSE
+DEFAULT_METHOD = Method.SEARCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +85,30 @@ class Calibrate(Pass):
         if context.samples is None or self.method is Method.DATA_FREE:
             return self._without_data(model, tensors, context)
         samples, original = context.samples, context.original or model
+        method = CANDIDATES[0] if self.method is Method.SEARCH else self.method
+        searches = self.method is Method.SEARCH and not samples.synthetic  # made-up inputs tell little of outputs
         checks = DataChecks(samples)
         observation = observe(
             model,
             tensors,
             checks.samples,
-            ExactHistogram if self.moments and self.method.statistics is Histogram else self.method.statistics,
+            ExactHistogram if self.moments and method.statistics is Histogram else method.statistics,
             progress=context.progress,
             memory_budget=context.memory_budget,
         )
         channels, without_channels = (
             self._channels(model, list(observation.statistics), samples, context) if self.channels else ({}, ())
         )
-        behind = responses(graph, observation.statistics) if self.method.statistics is Histogram else {}
-        context.ranges = Ranges(
+        behind = responses(graph, observation.statistics) if method.statistics is Histogram else {}
+        ranges = Ranges(
             tensors={
                 name: replace(
                     range_of(
                         seen,
-                        self.method,
+                        method,
                         percent=self.percent,
                         quant_type=context.target.activation,
-                        keep=self.histograms,
+                        keep=self.histograms or searches,
                         response=behind.get(name),
                     ),
                     channels=channels.get(name),
@@ -117,13 +120,18 @@ class Calibrate(Pass):
             synthetic=samples.synthetic,
             data_digest=checks.digest,
             target=context.target.name,
-            method=self.method,
+            method=method,
             percent=self.percent,
         )
+        notes = observation.notes
+        if searches and ranges.tensors:
+            found = search(graph, ranges, checks.drawn(SAMPLES), context)
+            ranges, notes = found.ranges, (*notes, str(found))
+        context.ranges = ranges if self.histograms else ranges.without_histograms()
         return PassResult(
-            parts={"tensors": len(context.ranges.tensors), **self._chosen(context.ranges)},
+            parts={"tensors": len(ranges.tensors), **_chosen(ranges)},
             skipped=(*observation.skipped, *without_channels),
-            notes=observation.notes,
+            notes=notes,
             warnings=() if samples.synthetic else (*input_warnings(original, samples), *checks.warnings()),
         )
 
@@ -172,9 +180,10 @@ class Calibrate(Pass):
             tuple(Skip(name, reason) for name in varying),
         )
 
-    def _chosen(self, ranges: Ranges) -> Counter[str]:
-        """How many tensors got their range by which method, where that is not the same for all."""
-        return Counter(found.method for found in ranges.tensors.values() if self.method is Method.AUTO)
+
+def _chosen(ranges: Ranges) -> Counter[str]:
+    """How many tensors got their range by which method, where that is not the same for all."""
+    return Counter(found.method for found in ranges.tensors.values() if ranges.method is Method.AUTO)
 
 
 def _sources_of(counts: Counter[str]) -> str:
