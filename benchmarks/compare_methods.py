@@ -38,7 +38,7 @@ class Measured:
 
     @property
     def lost(self) -> float:
-        """dB that the method taken lacks to the best one."""
+        """What the method taken lacks to the best one, in dB."""
         return max(self.by_method.values()) - self.by_method[self.taken] if self.taken else 0.0
 
 

@@ -26,8 +26,8 @@ from graphopt.thresholds import Method
 CANDIDATES = (Method.MSE, Method.AUTO, Method.MINMAX, Method.PERCENTILE, Method.ENTROPY)
 """The first is the one where no other is better."""
 
-SAMPLES = 16
-"""That models are compared on."""
+SAMPLES = 32
+"""At most so many, that models are compared on."""
 
 
 @dataclass(frozen=True)

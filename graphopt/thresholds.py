@@ -73,8 +73,9 @@ def choose_range(
 
     Args:
         seen: at least one value; what the method's `statistics` are.
-        method: how to choose; not SEARCH, which is no rule for one tensor. AUTO looks for both ends as MSE does, with errors of clipped values counting `_CLIPPING_WEIGHT`
-            times; where that clips nothing, it has turned out as MINMAX, and as MSE elsewhere.
+        method: how to choose; not SEARCH, which is no rule for one tensor. AUTO looks for both ends as MSE does, with
+            errors of clipped values counting `_CLIPPING_WEIGHT` times; where that clips nothing, it has turned out as
+            MINMAX, and as MSE elsewhere.
         quant_type: of the quantized tensor: its number of steps, and whether they are symmetric around 0.
         percent: for PERCENTILE, the share of the values that is not clipped, above 0 and up to 100.
         response: for MSE and AUTO, what the rest of the graph sees of the values, where that is not themselves.

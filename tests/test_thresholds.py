@@ -9,6 +9,8 @@ from graphopt.histogram import Extremes, Histogram, MovingAverage
 from graphopt.quantization import INT8_SYMMETRIC, UINT8, QuantType, params_of_range
 from graphopt.thresholds import Method, choose_range, entropy, mse, percentile
 
+OF_ONE_TENSOR = [method for method in Method if method is not Method.SEARCH]
+
 
 def histogram_of(values):
     histogram = Histogram()
@@ -143,7 +145,7 @@ def test_minmax_clips_nothing():
     assert choose_range(extremes, Method.MINMAX, UINT8) == (-1, 30, Method.MINMAX)
 
 
-@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("method", OF_ONE_TENSOR)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     "values",
@@ -163,13 +165,18 @@ def test_a_relu_keeps_zero_as_its_lower_end(method):
     assert 2 < high <= values.max()
 
 
-@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("method", OF_ONE_TENSOR)
 def test_no_values_have_no_range(method):
     with pytest.raises(ValueError, match="no range of no values"):
         choose_range(Histogram(), method, UINT8)
 
 
-@pytest.mark.parametrize("method", [method for method in Method if method.statistics is not Extremes])
+def test_search_is_no_rule_for_one_tensor():
+    with pytest.raises(ValueError, match="search chooses among methods"):
+        choose_range(histogram_of([1, 2]), Method.SEARCH, UINT8)
+
+
+@pytest.mark.parametrize("method", [method for method in OF_ONE_TENSOR if method.statistics is not Extremes])
 def test_bare_extremes_suffice_for_few_methods(method):
     assert issubclass(method.statistics, Histogram | MovingAverage)
     extremes = Extremes()

@@ -1,0 +1,130 @@
+import math
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from graphopt import method_search
+from graphopt.api import optimize
+from graphopt.feeds import Samples
+from graphopt.held_out import noise_to_signal
+from graphopt.method_search import CANDIDATES
+from graphopt.model_io import Model, load_model
+from graphopt.pass_base import Context
+from graphopt.passes import InsertQdq
+from graphopt.passes.calibrate import Calibrate
+from graphopt.runtime import open_session
+from graphopt.targets import target_named
+from graphopt.thresholds import Method
+
+NET = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 4] x) => (float[N, 2] y)
+    <float[4, 4] w = {1, 0, 1, 0,  0, 1, 0, 1,  1, 1, 0, 0,  0, 0, 1, 1}, float[4, 2] v = {1, 0, 0, 1, 1, 1, 0, 1}>
+    { hidden = MatMul (x, w)  positive = Relu (hidden)  y = MatMul (positive, v) }
+"""
+WHOLE_NUMBERS = NET.replace("(float[N, 2] y)", "(int64[N] y)").replace(
+    "y = MatMul (positive, v)", "scores = MatMul (positive, v)  y = ArgMax <axis = 1, keepdims = 0> (scores)"
+)
+
+
+def samples_of(feeds, **fields):
+    return Samples(lambda: iter(feeds), "rows.npz", len(feeds), **fields)
+
+
+def feeds_with(outliers, count=40):
+    """Normal values, and as many outliers of 400 times the size in all samples together."""
+    random = np.random.default_rng(0)
+    values = random.standard_normal((count, 64, 4)).astype(np.float32)
+    values.reshape(-1)[random.choice(values.size, outliers, replace=False)] *= 400
+    return [{"x": each} for each in values]
+
+
+def calibrated(feeds, text=NET, target="ort-cpu", **options):
+    model = load_model(onnx.parser.parse_model(text))
+    context = Context(target=target_named(target), samples=feeds if isinstance(feeds, Samples) else samples_of(feeds))
+    result = Calibrate(**options).apply(model.graph, context)
+    return context.ranges, result
+
+
+def error_of(ranges, feeds, target="ort-cpu"):
+    model = load_model(onnx.parser.parse_model(NET))
+    context = Context(target=target_named(target), ranges=ranges)
+    InsertQdq().apply(model.graph, context)
+    reference = open_session(Model(context.unquantized, model.frame))
+    return noise_to_signal(reference, open_session(model, optimize=False), samples_of(feeds))
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
+@pytest.mark.parametrize("outliers", [0, 3, 300])
+def test_no_other_method_brings_the_outputs_closer(outliers, target):
+    feeds = feeds_with(outliers, count=method_search.SAMPLES)
+    ranges, _ = calibrated(feeds, target=target)
+    others = [calibrated(feeds, target=target, method=method)[0] for method in CANDIDATES]
+    assert error_of(ranges, feeds, target) == min(error_of(each, feeds, target) for each in others)
+
+
+@pytest.mark.parametrize("best", CANDIDATES)
+@pytest.mark.parametrize("others", [0.5, math.nan])
+def test_takes_whichever_has_the_least_error(best, others, monkeypatch):
+    errors = iter([0.25 if method is best else others for method in CANDIDATES])
+    monkeypatch.setattr(method_search, "noise_to_signal", lambda *_: next(errors))
+    assert calibrated(feeds_with(3))[0].method is best
+
+
+def test_takes_the_first_where_nothing_compares(monkeypatch):
+    monkeypatch.setattr(method_search, "noise_to_signal", lambda *_: math.nan)
+    assert calibrated(feeds_with(3))[0].method is CANDIDATES[0]
+
+
+def test_the_ranges_are_those_of_the_method_that_it_names():
+    feeds = feeds_with(3)
+    ranges, result = calibrated(feeds)
+    asked, _ = calibrated(feeds, method=ranges.method)
+    assert ranges.to_text() == asked.to_text()
+    assert result.notes[-1].startswith(f"search took {ranges.method.value}: SQNR of the outputs, quantized by mse ")
+    assert all(method.value in result.notes[-1] for method in CANDIDATES)
+
+
+def test_histograms_stay_where_they_are_asked_for():
+    ranges, _ = calibrated(feeds_with(0), histograms=True)
+    assert all(found.histogram is not None for found in ranges.tensors.values())
+
+
+def test_the_order_of_the_samples_does_not_matter():
+    feeds = feeds_with(20, count=3 * method_search.SAMPLES)
+    shuffled = [feeds[place] for place in np.random.default_rng(1).permutation(len(feeds))]
+    (ranges, result), (again, same) = calibrated(feeds), calibrated(shuffled)
+    assert ranges.to_text() == again.to_text()
+    assert result.notes == same.notes
+
+
+def test_made_up_inputs_are_not_searched_on():
+    ranges, result = calibrated(samples_of(feeds_with(3), synthetic=True))
+    assert ranges.method is Method.MSE
+    assert not any("search" in note for note in result.notes)
+
+
+def test_outputs_of_whole_numbers_are_compared_by_how_often_they_agree():
+    ranges, result = calibrated(feeds_with(3), text=WHOLE_NUMBERS)
+    assert ranges.method in CANDIDATES
+    assert "search took" in result.notes[-1]
+
+
+def test_nothing_quantized_is_nothing_to_search():
+    ranges, result = calibrated(
+        feeds_with(0),
+        text=NET.replace("MatMul (x, w)", "Sin (x)")
+        .replace("MatMul (positive, v)", "Cos (positive)")
+        .replace("float[N, 2] y", "float[N, 4] y"),
+    )
+    assert not ranges.tensors
+    assert not result.notes
+
+
+def test_optimize_searches_unless_told_otherwise():
+    feeds = feeds_with(3)
+    searched = optimize(onnx.parser.parse_model(NET), "calibrate,qdq", data=feeds)
+    told = optimize(onnx.parser.parse_model(NET), "calibrate:method=entropy,qdq", data=feeds)
+    assert "search took" in str(searched.report.passes)
+    assert "search took" not in str(told.report.passes)
