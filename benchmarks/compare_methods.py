@@ -25,7 +25,7 @@ from graphopt.targets import target_named
 from graphopt.thresholds import Method
 
 PASSES = "freeze-inputs,fold"
-TARGETS = {"ort-cpu": "qdq:reduce_range=off", "tensorrt": "qdq"}
+TARGETS = {"ort-cpu": "qdq:reduce_range=off:small_islands=true", "tensorrt": "qdq"}
 SCORED = 32
 
 

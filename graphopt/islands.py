@@ -6,8 +6,9 @@ island saves must pay for them:
     saved = sum over its operators of MACs * saving per MAC
     spent = sum over its borders of a fixed cost + elements * cost per element
 
-with the costs of the target's table, measured there one operator at a time. An estimate is only asked which islands
-are surely too small; `qdq:autotune=true` measures (`graphopt.autotune`).
+with the costs of the target's table, measured there one kind of operator at a time; int8 kernels that are slower than
+float ones save less than nothing. An estimate is only asked which islands surely do not pay; `qdq:autotune=true`
+measures (`graphopt.autotune`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from graphopt.graph import all_graphs, producer
 from graphopt.macs import count_macs
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
-from graphopt.targets import Costs
+from graphopt.targets import DEPTHWISE, Costs
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,17 @@ def _too_small_in(placement: Placement, sized: gs.Graph, costs: Costs) -> dict[i
         counted = [macs.get(node.outputs[0].name, 0) for node in island.nodes]
         if len(known) < len(island.borders) or not any(counted):
             continue
-        saved = sum(
-            count * costs.saved_ns_per_mac.get(node.op, 0.0)
+        savings = [
+            count * costs.saved_ns_per_mac.get(DEPTHWISE if is_depthwise(node) else node.op, 0.0)
             for node, count in zip(island.nodes, counted, strict=True)
-            if not is_depthwise(node)  # whose kernels gain nothing from int8
-        )
+        ]
+        saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
         spent = sum(costs.border_ns + costs.border_ns_per_element * math.prod(shape) for shape in known)
-        if saved < spent:
+        if saved < lost + spent:
+            losing = f", lose {lost / 1e3:.1f} us in depthwise Convs" if lost else ""
             reason = (
-                f"{sum(counted):,} MACs between float operators: int8 would save some {saved / 1e3:.1f} us and spend "
-                f"{spent / 1e3:.1f} us on conversions (qdq:small_islands=true quantizes it)"
+                f"{sum(counted):,} MACs between float operators: int8 would save some {saved / 1e3:.1f} us{losing} and "
+                f"spend {spent / 1e3:.1f} us on conversions (qdq:small_islands=true quantizes it)"
             )
             reasons |= {id(node): reason for node in island.nodes}
     return reasons

@@ -63,7 +63,7 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
     for method in track(CANDIDATES, context.progress, "comparing methods", len(CANDIDATES)):
         candidate = ranges.rechosen(method, percent=ranges.percent, target=context.target)
         copy = copy_graph(graph)
-        InsertQdq().apply(copy, Context(target=context.target, frame=context.frame, ranges=candidate))
+        InsertQdq(small_islands=True).apply(copy, Context(target=context.target, frame=context.frame, ranges=candidate))
         session = open_session(Model(copy, context.frame), optimize=False)  # whatever int8 kernels this machine has
         found.append((candidate, noise_to_signal(reference, session, samples)))
     best, _ = min(found, key=lambda each: math.inf if math.isnan(each[1]) else each[1])

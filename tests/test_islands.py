@@ -13,7 +13,7 @@ from graphopt.islands import islands_of, too_small
 from graphopt.model_io import load_model
 from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
-from graphopt.targets import Costs
+from graphopt.targets import DEPTHWISE, Costs
 from graphopt.targets.ort_cpu import ORT_CPU
 
 TWO_ISLANDS = f"c = {CONV}(x, w, b) t = Tanh(c) d = {CONV}(t, w, b) r = Relu(d) y = {CONV}(r, w, b)"
@@ -60,6 +60,22 @@ def test_the_sizes_of_the_inputs_decide_what_is_too_small():
 def test_a_depthwise_conv_alone_saves_nothing():
     graph = graph_of("y = Conv<pads=[1,1,1,1], group=16>(x, k, b)", weights="float[16,1,3,3] k")
     assert too_small(graph, place_all(graph, ORT_CPU), COSTS, {"x": (1000, 16, 8, 8)})
+
+
+def test_an_island_whose_depthwise_convs_lose_what_the_others_save_is_named():
+    body = f"c = Conv<pads=[1,1,1,1], group=16>(x, k, b) y = {CONV}(c, w, b)"
+    graph = graph_of(body, weights="float[16,1,3,3] k")
+    costs = {
+        loss: Costs(saved_ns_per_mac={"Conv": 0.01, DEPTHWISE: -loss}, border_ns=10, border_ns_per_element=0.0)
+        for loss in (0.0, 0.2)
+    }
+    placements, shapes = place_all(graph, ORT_CPU), {"x": (4, 16, 8, 8)}
+    assert not too_small(graph, placements, costs[0.0], shapes)
+    reasons = set(too_small(graph, placements, costs[0.2], shapes).values())
+    assert reasons == {
+        "626,688 MACs between float operators: int8 would save some 5.9 us, lose 7.4 us in depthwise Convs and spend "
+        "0.0 us on conversions (qdq:small_islands=true quantizes it)"
+    }
 
 
 def test_small_islands_stay_float_with_the_reason_unless_asked_for():

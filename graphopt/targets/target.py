@@ -71,12 +71,17 @@ class Rule:
         return f"int8 kernels of {op} need {needed}"
 
 
+DEPTHWISE = "depthwise Conv"
+"""Beside operator types, in `Costs.saved_ns_per_mac`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """What int8 saves and costs on a device, in nanoseconds, to tell which operators are too small for it.
 
     Attributes:
-        saved_ns_per_mac: by operator type, for sums over many channels.
+        saved_ns_per_mac: by operator type, for sums over many channels; depthwise Convs are a kind of their own
+            (`DEPTHWISE`). Negative where int8 is slower.
         border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
         border_ns_per_element: of the tensor there.
     """

@@ -1,0 +1,114 @@
+"""What int8 saves operator by operator in onnxruntime on this machine: the figures behind `Costs` of ort-cpu.
+
+    python benchmarks/measure_costs.py [--seconds 0.5]
+
+A chain of 1x1 Convs, with the operator behind each of them and without, in float and in int8: so the operator reads
+and writes the layout that its neighbours like, and what is fused into them counts. The four models take turns. The
+table has the time of one operator in float and in int8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import graphopt
+from graphopt.model_io import load_model
+from graphopt.runtime import measure_latency, open_session
+
+SIZES = ((8, 24, 96), (32, 12, 48), (32, 56, 56), (96, 3, 96), (128, 14, 14), (200, 2, 96), (256, 28, 28))  # [C, H, W]
+LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of operator."""
+
+    label: str
+    op: str
+    attributes: dict[str, Any]
+    kernel: int = 0  # of a Conv; else 0
+    depthwise: bool = False
+    second: str = ""  # the other operand: "same" shape, or "channel" for one value a channel
+
+
+KINDS = (
+    Kind("Conv 1x1", "Conv", {}, kernel=1),
+    Kind("Conv 3x3", "Conv", {"pads": [1, 1, 1, 1]}, kernel=3),
+    Kind("depthwise Conv 3x3", "Conv", {"pads": [1, 1, 1, 1]}, kernel=3, depthwise=True),
+    Kind("depthwise Conv 5x5", "Conv", {"pads": [2, 2, 2, 2]}, kernel=5, depthwise=True),
+    Kind("Add", "Add", {}, second="same"),
+    Kind("Mul", "Mul", {}, second="same"),
+    Kind("Mul by channel", "Mul", {}, second="channel"),
+    Kind("MaxPool 3x3", "MaxPool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
+    Kind("AveragePool 3x3", "AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
+    Kind("LeakyRelu", "LeakyRelu", {}),
+    Kind("Sigmoid", "Sigmoid", {}),
+)
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each operator and size")
+    arguments = parser.parse_args()
+    sizes = " | ".join(f"{channels} x {height} x {width}" for channels, height, width in SIZES)
+    print(f"| operator, us in float → int8 | {sizes} |")
+    print("|---|" + "---|" * len(SIZES))
+    for kind in KINDS:
+        cells = []
+        for shape in SIZES:
+            feed = {"x": np.random.default_rng(1).standard_normal((1, *shape)).astype(np.float32)}
+            plain, long = network(None, shape), network(kind, shape)
+            models = [plain, long, quantized(plain, feed), quantized(long, feed)]
+            sessions = [open_session(load_model(model), threads=2) for model in models]
+            old_without, old, new_without, new = measure_latency(sessions, feed, seconds=arguments.seconds)
+            old, new = (old - old_without) / LENGTH, (new - new_without) / LENGTH
+            cells.append(f"{old * 1e6:.1f} → {new * 1e6:.1f}")
+        print(f"| {kind.label} | " + " | ".join(cells) + " |", flush=True)
+    return 0
+
+
+def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """A chain of Convs, with the operator behind each or without."""
+    random = np.random.default_rng(0)
+    channels = shape[0]
+    nodes, weights, previous = [], {"w1": [channels, channels, 1, 1]}, "x"
+    if kind is not None and kind.second == "channel":
+        nodes.append(helper.make_node("GlobalAveragePool", ["x"], ["channel"], "pool"))
+    for number in range(LENGTH):
+        conv = f"conv_{number}"
+        nodes.append(helper.make_node("Conv", [previous, "w1"], [conv], conv))
+        if kind is not None:
+            inputs = [conv, *{"": [], "same": ["x"], "channel": ["channel"]}[kind.second]]
+            if kind.kernel:
+                weights["w"] = [channels, 1 if kind.depthwise else channels, kind.kernel, kind.kernel]
+                inputs.append("w")
+            attributes = kind.attributes | ({"group": channels} if kind.depthwise else {})
+            conv = f"middle_{number}"
+            nodes.append(helper.make_node(kind.op, inputs, [conv], conv, **attributes))
+        previous = conv
+    values = [
+        numpy_helper.from_array((random.standard_normal(size) / np.sqrt(np.prod(size[1:]))).astype(np.float32), name)
+        for name, size in weights.items()
+    ]
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, *shape])
+    output = helper.make_tensor_value_info(previous, TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [image], [output], values)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def quantized(model: onnx.ModelProto, feed: dict[str, Any]) -> onnx.ModelProto:
+    """The model with everything in int8 that onnxruntime runs in it."""
+    passes = "calibrate:method=minmax,qdq:small_islands=true"
+    return graphopt.optimize(model, passes, data=[feed] * 4, target="ort-cpu", verify=False).model
+
+
+if __name__ == "__main__":
+    sys.exit(main())
