@@ -64,7 +64,8 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
         candidate = ranges.rechosen(method, percent=ranges.percent, target=context.target)
         copy = copy_graph(graph)
         InsertQdq(small_islands=True).apply(copy, Context(target=context.target, frame=context.frame, ranges=candidate))
-        session = open_session(Model(copy, context.frame), optimize=False)  # whatever int8 kernels this machine has
+        as_it_runs = context.target.runs_here  # else Q and DQ as they stand, whatever kernels this machine has
+        session = open_session(Model(copy, context.frame), optimize=as_it_runs)
         found.append((candidate, noise_to_signal(reference, session, samples)))
     best, _ = min(found, key=lambda each: math.inf if math.isnan(each[1]) else each[1])
     return Found(best, dict(zip(CANDIDATES, (error for _, error in found), strict=True)))

@@ -90,7 +90,7 @@ def test_merging_keeps_what_the_file_says_unless_it_is_told_otherwise(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "entropi"], "no method is called 'entropi'; there are: auto, minmax"),
+        (["--method", "entropi"], "no method is called 'entropi'; there are: search, auto, minmax"),
         (["--shard", "3"], "'3' is no shard: give I/N"),
         (["--shard", "3/2"], "there is no shard 3/2"),
         (["--passes", "fold,calibrate"], "the passes of calibrate are those that come before it"),

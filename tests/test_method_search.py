@@ -52,7 +52,8 @@ def error_of(ranges, feeds, target="ort-cpu"):
     context = Context(target=target_named(target), ranges=ranges)
     InsertQdq().apply(model.graph, context)
     reference = open_session(Model(context.unquantized, model.frame))
-    return noise_to_signal(reference, open_session(model, optimize=False), samples_of(feeds))
+    session = open_session(model, optimize=context.target.runs_here)
+    return noise_to_signal(reference, session, samples_of(feeds))
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])

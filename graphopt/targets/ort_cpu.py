@@ -48,9 +48,9 @@ _RULES = {
 }
 
 # One operator at a time, two threads, AVX-512 with VNNI. Between float tensors: Conv of 0.6 and 7.2 M MACs saves 4 and
-# 80 us, Gemm of 0.2 and 1 M MACs 4 and 28 us beyond its conversions; a Q or DQ of a small tensor costs 1 us, a large one
-# and its Transpose 0.2 to 0.3 ns an element. In a chain of Convs (benchmarks/measure_costs.py): depthwise Convs
-# of 32 x 12 x 48 and 200 x 2 x 96 values lose 6 and 22 us with 3x3 kernels, 14 and 54 us with 5x5.
+# 80 us, Gemm of 0.2 and 1 M MACs 4 and 28 us beyond its conversions; a Q or DQ of a small tensor costs 1 us, a large
+# one and its Transpose 0.2 to 0.3 ns an element. In a chain of Convs (benchmarks/measure_costs.py): depthwise Convs of
+# 32 x 12 x 48 and 200 x 2 x 96 values lose 6 and 22 us with 3x3 kernels, 14 and 54 us with 5x5.
 _COSTS = Costs(
     saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.04, "Gemm": 0.035, "MatMul": 0.035},
     border_ns=1000,
