@@ -13,9 +13,12 @@ DATA = str(MODELS / "fashion_mnist_calibration.npz")
 ARGUMENTS = [MODEL, "--data", DATA, "--samples", "40"]
 
 
-def test_calibrate_writes_what_optimize_reads(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("asked", "calibrating"), [(["--method", "search"], "calibrate"), ([], "calibrate:method=mse")]
+)
+def test_calibrate_writes_what_optimize_reads(asked, calibrating, tmp_path, capsys):
     ranges, result = tmp_path / "ranges.json", tmp_path / "result.onnx"
-    assert main(["calibrate", *ARGUMENTS, "-o", str(ranges)]) == 0
+    assert main(["calibrate", *ARGUMENTS, *asked, "-o", str(ranges)]) == 0
     out, err = capsys.readouterr()
     assert "ranges of 18 tensors for ort-cpu, 40 samples" in out
     assert f"wrote {ranges}" in out.replace("\n", "")
@@ -23,7 +26,7 @@ def test_calibrate_writes_what_optimize_reads(tmp_path, capsys):
     one = ["optimize", MODEL, "--data", DATA, "--samples", "40", "--no-verify", "--json"]
     assert main([*one, "--passes", "fold,qdq", "--ranges", str(ranges), "-o", str(result)]) == 0
     again = tmp_path / "again.onnx"
-    assert main([*one, "--passes", "fold,calibrate,qdq", "-o", str(again)]) == 0
+    assert main([*one, "--passes", f"fold,{calibrating},qdq", "-o", str(again)]) == 0
     assert result.read_bytes() == again.read_bytes()
 
 
