@@ -438,7 +438,7 @@ def test_what_onnxruntimes_tool_quantized_comes_back(per_channel, activation, sy
 def test_a_real_model_that_qdq_quantized_comes_back_but_for_rounded_weights(name, tmp_path):
     data = str(zoo_feeds(name, "calibration"))
     options = ["--data", data, "--samples", "2", "--no-verify", "-o"]
-    passes = ["fold", "fold,calibrate:method=minmax,qdq:int8_weights=off", "strip-qdq:clips=none"]
+    passes = ["fold", "fold,calibrate:method=minmax,qdq:int8_weights=off:small_islands=true", "strip-qdq:clips=none"]
     folded, quantized, after = (tmp_path / f"{step}.onnx" for step in ("folded", "quantized", "after"))
     for source, text, out in zip(
         (zoo_model(name), zoo_model(name), quantized), passes, (folded, quantized, after), strict=True
