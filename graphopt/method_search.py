@@ -16,8 +16,7 @@ from graphopt.feeds import Feed, Samples
 from graphopt.graph_copy import copy_graph
 from graphopt.held_out import decibels, noise_to_signal
 from graphopt.model_io import Model
-from graphopt.pass_base import Context
-from graphopt.passes.insert_qdq import InsertQdq
+from graphopt.pass_base import Context, Pass
 from graphopt.progress import track
 from graphopt.ranges import Ranges
 from graphopt.runtime import open_session
@@ -44,7 +43,7 @@ class Found:
         return f"search took {chosen.value}: SQNR of the outputs, quantized by {by_method}"
 
 
-def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Context) -> Found:
+def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Context, quantize: Pass) -> Found:
     """Quantize copies of a float graph for `context.target` with the ranges of each method, and compare.
 
     Args:
@@ -52,6 +51,7 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
         ranges: with histograms.
         feeds: what it is run on.
         context: its target and progress.
+        quantize: the pass that puts ranges into a graph.
 
     Raises:
         DataError: a feed does not fit.
@@ -63,7 +63,7 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
     for method in track(CANDIDATES, context.progress, "comparing methods", len(CANDIDATES)):
         candidate = ranges.rechosen(method, percent=ranges.percent, target=context.target)
         copy = copy_graph(graph)
-        InsertQdq(small_islands=True).apply(copy, Context(target=context.target, frame=context.frame, ranges=candidate))
+        quantize.apply(copy, Context(target=context.target, frame=context.frame, ranges=candidate))
         as_it_runs = context.target.runs_here  # else Q and DQ as they stand, whatever kernels this machine has
         session = open_session(Model(copy, context.frame), optimize=as_it_runs)
         found.append((candidate, noise_to_signal(reference, session, samples)))

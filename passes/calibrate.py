@@ -26,6 +26,7 @@ from graphopt.method_search import CANDIDATES, SAMPLES, search
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.passes.insert_qdq import InsertQdq
 from graphopt.placement import place_all
 from graphopt.ranges import Ranges, range_of
 from graphopt.responses import responses
@@ -125,7 +126,7 @@ class Calibrate(Pass):
         )
         notes = observation.notes
         if searches and ranges.tensors:
-            found = search(graph, ranges, checks.drawn(SAMPLES), context)
+            found = search(graph, ranges, checks.drawn(SAMPLES), context, InsertQdq(small_islands=True))
             ranges, notes = found.ranges, (*notes, str(found))
         context.ranges = ranges if self.histograms else ranges.without_histograms()
         return PassResult(
