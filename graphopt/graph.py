@@ -221,6 +221,19 @@ def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> None:
     graph.nodes[:] = [node for node in graph.nodes if id(node) not in doomed]
 
 
+def remove_unread_constants(root: gs.Graph) -> None:
+    """Take out the Constant nodes, of all graphs, whose value nothing reads; unread initializers are not exported."""
+    named = named_tensors(root)
+    for graph in all_graphs(root):
+        unread = [
+            node
+            for node in graph.nodes
+            if node.op == "Constant" and not any(out.outputs or id(out) in named for out in present(node.outputs))
+        ]
+        if unread:
+            remove_nodes(graph, unread)
+
+
 def _drop_identical(nodes: list[gs.Node], node: gs.Node) -> None:
     for index, other in enumerate(nodes):
         if other is node:

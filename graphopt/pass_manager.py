@@ -22,7 +22,7 @@ from graphopt.errors import DataError, GraphoptError, ModelError, PipelineError
 from graphopt.feeds import Feed
 from graphopt.files import write_text_atomically
 from graphopt.garbage import rare_collections
-from graphopt.graph import all_graphs
+from graphopt.graph import all_graphs, remove_unread_constants
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, save_model
 from graphopt.pass_base import Context, Effect, Pass, PassResult
@@ -156,6 +156,8 @@ class PassManager:
         after = before
         try:
             result = item.apply(candidate.graph, context)
+            if result.rewrites:
+                remove_unread_constants(candidate.graph)
             if before is not None and result.rewrites:
                 after = examine(candidate, feeds)
                 failure = judge(before, after, item.effect)

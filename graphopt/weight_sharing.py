@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from graphopt.graph_export import export_model
 from graphopt.model_io import Model
-from graphopt.protobuf import without
+from graphopt.protobuf import all_graph_protos, without
 from graphopt.stored_values import StoredSparseTensor, StoredTensor, data_type_of, is_packed, tensor_proto
 
 _LEAST_BYTES = 4096  # a smaller weight may be the shape of something, which onnxruntime wants in the model
@@ -55,13 +55,17 @@ def _number(stand_in: TensorProto) -> int:
 
 
 def _make_initializers(graph: onnx.GraphProto) -> None:
-    """Replace Constant nodes whose value is held out by initializers."""
+    """Replace Constant nodes whose value is held out by initializers; onnxruntime drops those that nothing reads."""
+    graphs = list(all_graph_protos(graph))
+    read = {name for each in graphs for node in each.node for name in node.input}
+    read.update(output.name for each in graphs for output in each.output)
     kept = []
     for node in graph.node:
         tensor = node.attribute[0].t if node.op_type == "Constant" and node.attribute else TensorProto()
         if tensor.data_location == TensorProto.EXTERNAL:
             tensor.name = node.output[0]
-            graph.initializer.append(tensor)
+            if tensor.name in read:
+                graph.initializer.append(tensor)
         else:
             kept.append(node)
     if len(kept) < len(graph.node):

@@ -11,6 +11,7 @@ import pytest
 
 from graphopt.data import load_samples
 from graphopt.errors import OutputError, PipelineError
+from graphopt.graph import constant_of
 from graphopt.model_io import load_model
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.pass_manager import PassManager
@@ -37,8 +38,8 @@ class Scale(Pass):
     by: float = 1.0
 
     def apply(self, graph, context):
-        node = graph.nodes[0]
-        node.inputs[1] = gs.Constant("k2", node.inputs[1].values * np.float32(self.by))
+        node = next(node for node in graph.nodes if node.op == "Mul")
+        node.inputs[1] = gs.Constant("k2", constant_of(node.inputs[1]) * np.float32(self.by))
         return PassResult(rewrites=1, skipped=(Skip("y", "for the test"),))
 
 
@@ -166,6 +167,14 @@ def test_a_change_that_a_pass_does_not_count_is_dropped():
     result = PassManager([Silent(by=3.0)]).run(model())
     assert not result.report.failed
     assert constant(result) == [1, 2, 3, 4]
+
+
+def test_constants_that_a_pass_left_unread_go():
+    text = TEXT.replace("<float[4] k = {1, 2, 3, 4}>", "").replace(
+        "{ a", "{ k = Constant <value_floats = [1.0, 2.0, 3.0, 4.0]> ()  a"
+    )
+    result = PassManager([Scale(by=1.0)]).run(onnx.parser.parse_model(text))
+    assert [node.op_type for node in result.model.graph.node] == ["Mul", "Relu"]
 
 
 def test_a_lossy_pass_that_changes_nothing_is_warned_about():

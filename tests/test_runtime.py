@@ -156,6 +156,17 @@ def test_a_model_beyond_protobufs_limit_runs_on_shared_weights(monkeypatch, as_p
     assert optimized_ops(proto) == ops
 
 
+@pytest.mark.parametrize("copy_weights", [True, False])
+def test_a_large_constant_node_that_nothing_reads_is_no_obstacle(copy_weights, monkeypatch):
+    monkeypatch.setattr("graphopt.runtime._LEAST_SHARED", 1)
+    monkeypatch.setattr("graphopt.runtime._LEAST_FED", 1)
+    proto = small()
+    values = numpy_helper.from_array(np.ones(4096, np.float32))
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["unread"], value=values))
+    run = open_session(load_model(proto), copy_weights=copy_weights).run
+    np.testing.assert_array_equal(run(FEED)["y"], open_session(small()).run(FEED)["y"])
+
+
 def test_a_session_goes_with_its_last_user():
     session = open_session(small())
     inner = weakref.ref(session._session)
