@@ -195,13 +195,14 @@ def measure_latency(
     """Measure how long one run of each session takes, as the median in seconds.
 
     The sessions take turns, in an order that is reversed every other round, so that a machine that slows
-    down or speeds up meanwhile does so for all of them.
+    down or speeds up meanwhile does so for all of them. A turn is two runs and the second one counts: the first one
+    finds another model's weights in the caches.
 
     Args:
         sessions: what to compare.
         feed: the inputs, the same for all.
         seconds: how long to measure all together, beyond a warm-up of two runs each.
-        least_runs: how often to run each session even if that takes longer.
+        least_runs: how often to measure each session even if that takes longer.
 
     """
     for session in (*sessions, *sessions):
@@ -212,6 +213,7 @@ def measure_latency(
     rounds = 0
     while rounds < least_runs or time.perf_counter() < end:
         for session, measured in turns if rounds % 2 == 0 else reversed(turns):
+            session.run(feed)
             start = time.perf_counter()
             session.run(feed)
             measured.append(time.perf_counter() - start)

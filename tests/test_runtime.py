@@ -195,7 +195,7 @@ def test_latency_is_measured_in_turns_that_reverse():
 
     turns: list[str] = []
     medians = measure_latency([Spy("a"), Spy("b")], {}, seconds=0)
-    assert "".join(turns) == "abab" + "abbaabbaab"
+    assert "".join(turns) == "abab" + "aabb" + "bbaa" + "aabb" + "bbaa" + "aabb"
     assert len(medians) == 2
     assert all(median >= 0 for median in medians)
 
