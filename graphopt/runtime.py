@@ -31,6 +31,7 @@ Runnable = Model | onnx.ModelProto | Path
 Result = TypeVar("Result")
 
 _LEAST_SHARED = 2**20  # bytes of weights from which on they are handed over beside the model, not copied into it
+_SETTLING = 0.01  # seconds after which a session runs as if there were no others
 _LEAST_FED = 2**28  # bytes of weights from which on onnxruntime's own copy is avoided where speed does not count
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
 _NO_FLOAT8_BEHIND_CLIP = "Unexpected data type for QuantizeLinear input y_zero_point"  # of one optimizer, in 1.32
@@ -190,22 +191,22 @@ def optimized_graph(model: Runnable, *, layouts: bool = True) -> onnx.GraphProto
 
 
 def measure_latency(
-    sessions: Sequence[Session], feed: Feed, *, seconds: float = 2.0, least_runs: int = 5
+    sessions: Sequence[Session], feed: Feed, *, seconds: float = 2.0, least_runs: int = 3
 ) -> list[float]:
     """Measure how long one run of each session takes, as the median in seconds.
 
     The sessions take turns, in an order that is reversed every other round, so that a machine that slows
-    down or speeds up meanwhile does so for all of them. A turn is two runs and the second one counts: the first one
-    finds another model's weights in the caches.
+    down or speeds up meanwhile does so for all of them. In a turn, runs count only after 10 ms of others: until then
+    another model's weights are in the caches, and the threads of its session spin in wait for its next run.
 
     Args:
         sessions: what to compare.
         feed: the inputs, the same for all.
-        seconds: how long to measure all together, beyond a warm-up of two runs each.
-        least_runs: how often to measure each session even if that takes longer.
+        seconds: how long to measure all together, beyond a first run of each.
+        least_runs: how many turns to give each session even if that takes longer.
 
     """
-    for session in (*sessions, *sessions):
+    for session in sessions:
         session.run(feed)
     durations: list[list[float]] = [[] for _ in sessions]
     turns = list(zip(sessions, durations, strict=True))
@@ -213,12 +214,20 @@ def measure_latency(
     rounds = 0
     while rounds < least_runs or time.perf_counter() < end:
         for session, measured in turns if rounds % 2 == 0 else reversed(turns):
-            session.run(feed)
-            start = time.perf_counter()
-            session.run(feed)
-            measured.append(time.perf_counter() - start)
+            _run_for(_SETTLING, session, feed)
+            measured += _run_for(_SETTLING, session, feed)
         rounds += 1
     return [statistics.median(measured) for measured in durations]
+
+
+def _run_for(seconds: float, session: Session, feed: Feed) -> list[float]:
+    """Run for so long, at least once; how long each run took, in seconds."""
+    durations: list[float] = []
+    while sum(durations) < seconds:
+        start = time.perf_counter()
+        session.run(feed)
+        durations.append(time.perf_counter() - start)
+    return durations
 
 
 def _options(threads: int, optimize: bool) -> ort.SessionOptions:
