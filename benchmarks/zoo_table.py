@@ -6,8 +6,8 @@
 Calibrated on one half of each model's real feeds, scored on the other: SQNR of the worst output. For `ort-cpu` it is
 what onnxruntime computes on this machine, with how many times faster than float, measured in turns, beside the fastest
 and the most exact of onnxruntime's own files (uint8 activations, min-max and percentile); for `tensorrt` it is the
-arithmetic that Q and DQ stand for, beside onnxruntime's symmetric int8. `MACs in int8` is what lint reads from
-onnxruntime's optimized graph.
+arithmetic that Q and DQ stand for, beside onnxruntime's symmetric int8, each with the share of MACs that TensorRT's
+compiler puts in int8 where it is installed. `MACs in int8` is what lint reads from onnxruntime's optimized graph.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from compare_quantizers import ROOT, Row, Variant, quantize, score
 
 from graphopt.api import lint
 from graphopt.data import load_samples
-from graphopt.lint_rule import Severity
+from graphopt.lint import LintReport, Severity
 from graphopt.runtime import open_session
+from graphopt.targets.int8_share import MACS_IN_INT8
 
 OURS, OURS_TENSORRT = Variant("graphopt", "ort-cpu", ""), Variant("graphopt", "tensorrt", "")
 PEERS = tuple(Variant("onnxruntime", "u8", method) for method in ("MinMax", "Percentile"))
@@ -76,13 +77,15 @@ def measure(name: str, zoo: Path, kept: Path | None) -> list[str]:
         for row in rows:
             if row.failed:
                 print(f"{name}: {row.variant} failed: {row.failed}", file=sys.stderr)
-        share = "" if ours.failed else _share(outs[0])
-        errors = "" if tensorrt.failed else str(lint(outs[1], "tensorrt").count(Severity.ERROR))
+        share = "" if ours.failed else _share(lint(outs[0], "ort-cpu"))
+        built, built_symmetric = (lint(out, "tensorrt") if out.exists() else None for out in (outs[1], outs[-1]))
     worked = [row for row in peers if not row.failed]
     fastest = max(worked, key=lambda row: row.faster, default=peers[0])
     exact = max(worked, key=lambda row: row.sqnr_db, default=peers[0])
     why = "; ".join(f"{count}: {reason}" for reason, count in Counter(ours.left_float).most_common(2))
-    return [name, share, *map(_here, (ours, fastest, exact)), _exact(tensorrt), errors, _exact(symmetric), why]
+    errors = "" if built is None else str(built.count(Severity.ERROR))
+    exactly = (_exact(tensorrt, built), errors, _exact(symmetric, built_symmetric))
+    return [name, share, *map(_here, (ours, fastest, exact)), *exactly, why]
 
 
 def _place_of(variant: Variant, name: str, folder: Path, kept: Path | None) -> Path:
@@ -91,8 +94,8 @@ def _place_of(variant: Variant, name: str, folder: Path, kept: Path | None) -> P
     return within / f"{name}.{variant.tool}.{variant.setting}.{variant.method}.onnx"
 
 
-def _share(model: Path) -> str:
-    share = lint(model, "ort-cpu").figures.get("share of MACs in int8")
+def _share(found: LintReport) -> str:
+    share = found.figures.get(MACS_IN_INT8)
     return "" if share is None else f"{share:.0%}"
 
 
@@ -100,8 +103,11 @@ def _here(row: Row) -> str:
     return "failed" if row.failed else f"{row.sqnr_db:.1f} dB, {row.faster:.2f} x"
 
 
-def _exact(row: Row) -> str:
-    return "failed" if row.failed else f"{row.exact_db:.1f} dB"
+def _exact(row: Row, built: LintReport | None) -> str:
+    if row.failed or built is None:
+        return "failed"
+    share = "refused" if "TRT031" in {finding.rule for finding in built.findings} else _share(built)
+    return ", ".join(filter(None, (f"{row.exact_db:.1f} dB", share)))
 
 
 def main() -> int:

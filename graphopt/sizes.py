@@ -35,12 +35,7 @@ def at_assumed_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> tuple[g
     shape. Inputs named in `defaults` keep the shape of their default value. Inputs that declare no shape at
     all are missing from the second result; what depends on them stays unknown.
     """
-    specs = [
-        InputSpec(each.name, numpy_dtype(each.dtype), tuple(each.shape))
-        for each in graph.inputs
-        if each.shape is not None and is_typed_tensor(each) and each.name not in defaults
-    ]
-    candidates = [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidate_shapes(specs)]
+    candidates = candidate_sizes(graph, defaults)
     best = _sized(graph, candidates[0])
     if best.unknown:
         newer = _with_newer_opset(graph)
@@ -49,6 +44,16 @@ def at_assumed_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> tuple[g
             if not best.unknown:
                 break
     return best.graph, best.assumed
+
+
+def candidate_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> list[dict[str, Shape]]:
+    """Return the shapes of the inputs by name, as `graphopt.synthetic` would try them, but of those in `defaults`."""
+    specs = [
+        InputSpec(each.name, numpy_dtype(each.dtype), tuple(each.shape))
+        for each in graph.inputs
+        if each.shape is not None and is_typed_tensor(each) and each.name not in defaults
+    ]
+    return [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidate_shapes(specs)]
 
 
 def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:

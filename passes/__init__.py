@@ -17,6 +17,7 @@ from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
+from graphopt.passes.forget_unknown_sizes import ForgetUnknownSizes
 from graphopt.passes.freeze_inputs import FreezeInputs
 from graphopt.passes.fuse_gemm import FuseGemm
 from graphopt.passes.inline_functions import InlineFunctions
@@ -43,6 +44,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FoldPad",
+    "ForgetUnknownSizes",
     "FreezeInputs",
     "FuseGemm",
     "InlineFunctions",

@@ -21,6 +21,7 @@ from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.fold_pad import FoldPad
+from graphopt.passes.forget_unknown_sizes import ForgetUnknownSizes
 from graphopt.passes.fuse_gemm import FuseGemm
 from graphopt.passes.inline_functions import InlineFunctions
 from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
@@ -73,6 +74,7 @@ class Fold(Pass):
 
 
 MEMBERS: tuple[type[Pass], ...] = (
+    ForgetUnknownSizes,
     InlineFunctions,
     RemoveIdentities,
     FoldConstants,

@@ -74,7 +74,7 @@ def test_leaves_out_a_member(member, op):
 
 
 def test_refuses_to_skip_what_is_no_member():
-    with pytest.raises(PipelineError, match=r"skip=fold-conv is none of its members; they are inline-functions, "):
+    with pytest.raises(PipelineError, match=r"skip=fold-conv is none of its members; they are forget-unknown-sizes, "):
         Fold(skip=("fold-conv",))
 
 

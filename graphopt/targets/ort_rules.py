@@ -7,18 +7,17 @@ optimized graph tells what runs in float (`graphopt.int8_proof`); `graphopt.targ
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import ModelError
-from graphopt.frame import gs_graphs
 from graphopt.graph import constant_of, label_of
 from graphopt.int8_proof import Int8Proof
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
-from graphopt.macs import Place, macs_by_operator
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight
+from graphopt.targets.int8_share import MACS_IN_INT8, share_of_macs
 from graphopt.targets.ort_float import float_operators, proof, scale_axis, weight_in_blocks
 from graphopt.targets.target import Role
 from graphopt.targets.tensorrt_errors import places_of_early_axes
@@ -164,59 +163,39 @@ def figures(subject: Subject) -> Mapping[str, int | float]:
         return counted
     if found is not None:
         counted["Q and DQ nodes that onnxruntime runs"] = found.quantizers_left
-    macs = subject.shared(_macs)
-    if total := sum(macs.values()):
-        in_blocks = _in_blocks(subject)
-        counted["share of MACs in int8"] = sum(macs.get(place, 0) for place in _in_int8(subject) - in_blocks) / total
+    in_blocks = _in_blocks(subject)
+    if (share := share_of_macs(subject, _in_int8(subject) - in_blocks)) is not None:
+        counted[MACS_IN_INT8] = share
         if in_blocks:
-            counted["share of MACs with weights in blocks"] = sum(macs.get(place, 0) for place in in_blocks) / total
+            counted["share of MACs with weights in blocks"] = share_of_macs(subject, in_blocks) or 0.0
     return counted
 
 
-def _macs(subject: Subject) -> Mapping[Place, int]:
-    try:
-        return macs_by_operator(subject.model.graph)
-    except ModelError:  # shape inference refuses it
-        return {}
-
-
-def _in_int8(subject: Subject) -> set[Place]:
-    """The nodes with MACs that run in int8."""
+def _in_int8(subject: Subject) -> frozenset[int]:
+    """The nodes that run in int8."""
     found = subject.shared(proof)
     if isinstance(found, Int8Proof):
-        in_int8 = found.in_int8
-    else:
-        in_float = {id(each.node) for each in subject.shared(float_operators)}
-        rules = subject.target.rules
-        in_int8 = frozenset(
-            id(node)
-            for node in subject.nodes
-            if node.op.startswith("QLinear") or (node.op in rules and id(node) not in in_float and subject.quantizers)
-        )
-    return _places_of(subject, in_int8)
+        return found.in_int8
+    in_float = {id(each.node) for each in subject.shared(float_operators)}
+    rules = subject.target.rules
+    return frozenset(
+        id(node)
+        for node in subject.nodes
+        if node.op.startswith("QLinear") or (node.op in rules and id(node) not in in_float and subject.quantizers)
+    )
 
 
-def _in_blocks(subject: Subject) -> set[Place]:
+def _in_blocks(subject: Subject) -> frozenset[int]:
     """The products whose weights are in blocks, and whose activations are float."""
     found = subject.shared(proof)
     if isinstance(found, Int8Proof):
-        return _places_of(subject, found.in_blocks)
+        return found.in_blocks
     in_float = {id(each.node) for each in subject.shared(float_operators)}
-    in_blocks = {
+    return frozenset(
         id(node)
         for node in subject.nodes
         if node.op == "MatMulNBits" or (weight_in_blocks(node) is not None and id(node) not in in_float)
-    }
-    return _places_of(subject, in_blocks)
-
-
-def _places_of(subject: Subject, nodes: Collection[int]) -> set[Place]:
-    return {
-        (key, node.outputs[0].name)
-        for key, graph in gs_graphs(subject.model.graph)
-        for node in graph.nodes
-        if id(node) in nodes and node.outputs
-    }
+    )
 
 
 def _activations(subject: Subject, dtype: type[np.generic]) -> list[Quantizer]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from graphopt.quantization import FLOAT8_E4M3, INT4_WEIGHT, INT8_SYMMETRIC, INT8_WEIGHT
 from graphopt.targets.target import Blocks, Role, Rule, Target
+from graphopt.targets.tensorrt_build import TENSORRT_BUILD, figures
 from graphopt.targets.tensorrt_errors import TENSORRT_ERRORS
 from graphopt.targets.tensorrt_infos import TENSORRT_INFOS
 from graphopt.targets.tensorrt_warnings import TENSORRT_WARNINGS
@@ -58,5 +59,6 @@ TENSORRT = Target(
     residual_adds=True,
     channel_multiple=8,
     stores_int8_weights=False,
-    lint_rules=(*TENSORRT_ERRORS, *TENSORRT_WARNINGS, *TENSORRT_INFOS),
+    lint_rules=(*TENSORRT_ERRORS, *TENSORRT_WARNINGS, *TENSORRT_INFOS, *TENSORRT_BUILD),
+    lint_figures=figures,
 )

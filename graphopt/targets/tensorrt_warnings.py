@@ -6,12 +6,15 @@ M, where NVIDIA's Model Optimizer puts pairs; I, answers of its maintainers.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import onnx_graphsurgeon as gs
 
 from graphopt.graph import has_input, is_constant, label_of, present
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.operators import ELEMENTWISE
 from graphopt.quantizers import dequantizer_of, is_weight
+from graphopt.shapes import is_name
 from graphopt.sizes import fixed_shape
 from graphopt.targets.tensorrt_patterns import (
     first_of,
@@ -294,6 +297,20 @@ def transposed_convolutions_have_one_scale(subject: Subject) -> Places:
             yield label_of(node), "its weight has a scale for each channel, which some versions refuse: give it one"
 
 
+@rule("TRT034", Severity.WARNING)
+def names_of_sizes_say_something(subject: Subject) -> Places:
+    """Sizes of inputs that have one name are equal.
+
+    Source: TensorRT for RTX, which refuses a profile that gives two sizes of one name different numbers.
+    """
+    sizes = [(tensor, size) for tensor in subject.model.graph.inputs for size in tensor.shape or ()]
+    counts = Counter(size for _, size in sizes if isinstance(size, str) and not is_name(size))
+    for name, count in counts.items():
+        if count > 1:
+            where = next(tensor.name for tensor, size in sizes if size == name)
+            yield where, f"{count} sizes of inputs are called {name!r}, so TensorRT makes them equal: fold opens them"
+
+
 TENSORRT_WARNINGS: tuple[LintRule, ...] = (
     all_inputs_are_quantized_or_none,
     no_pair_before_an_activation,
@@ -310,4 +327,5 @@ TENSORRT_WARNINGS: tuple[LintRule, ...] = (
     no_pair_before_a_graph_output,
     a_tensor_is_quantized_once,
     transposed_convolutions_have_one_scale,
+    names_of_sizes_say_something,
 )

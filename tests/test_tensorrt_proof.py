@@ -1,0 +1,139 @@
+"""What TensorRT's compiler makes of Q/DQ graphs; most needs the extra `tensorrt`, which CI installs."""
+
+import pytest
+from test_lint_tensorrt import CASES, CONV, GOOD, W, X, model_with
+from zoo import NAMES, zoo_feeds, zoo_model
+
+import graphopt
+from graphopt.errors import ModelError
+from graphopt.lint import Severity
+from graphopt.model_io import load_model
+from graphopt.targets import tensorrt_build
+from graphopt.tensorrt_proof import TensorRTProof, has_compiler, prove
+
+REFUSED_FLOAT = {"silero_vad_v6"}  # TensorRT for RTX 1.7 builds it in float no more than quantized
+OF_ZEROS = {"/lstm_fwd/cell/Gemm", "/lstm_bwd/cell/Gemm"}  # of captcha_crnn: the first step, whose state is zero
+
+compiled = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_compiler(), reason="the extra tensorrt is not installed"),
+]
+
+
+def with_marks(*marks):
+    def decorate(function):
+        for mark in marks:
+            function = mark(function)
+        return function
+
+    return decorate
+
+
+def findings(model):
+    return {found.rule: found for found in graphopt.lint(model, "tensorrt").findings}
+
+
+def operators_in(model, kind):
+    loaded = load_model(model)
+    found = getattr(prove(loaded), kind)
+    return {node.op for node in loaded.graph.nodes if id(node) in found and "Linear" not in node.op}
+
+
+def test_without_the_compiler_lint_says_that_it_did_not_ask_it(monkeypatch):
+    monkeypatch.setattr(tensorrt_build, "has_compiler", lambda: False)
+    found = findings(model_with(GOOD))
+    assert "graphopt[tensorrt]" in found["TRT033"].message
+    assert not {"TRT031", "TRT032"} & set(found)
+
+
+def test_what_the_compiler_says_becomes_findings_and_figures(monkeypatch):
+    def refuse(model):
+        raise ModelError("it is too good")
+
+    def all_float(model):
+        return TensorRTProof(frozenset(), frozenset(id(node) for node in model.graph.nodes))
+
+    def all_int8(model):
+        return TensorRTProof(frozenset(id(node) for node in model.graph.nodes), frozenset())
+
+    monkeypatch.setattr(tensorrt_build, "has_compiler", lambda: True)
+    monkeypatch.setattr(tensorrt_build, "compiler_name", lambda: "TensorRT 0")
+    for prover, rules, share in (
+        (refuse, {"TRT027", "TRT031"}, None),
+        (all_float, {"TRT027", "TRT032"}, 0),
+        (all_int8, {"TRT027"}, 1),
+    ):
+        monkeypatch.setattr(tensorrt_build, "prove", prover)
+        report = graphopt.lint(model_with(GOOD), "tensorrt")
+        assert {found.rule for found in report.findings} == rules
+        assert report.figures.get("share of MACs in int8") == share
+        assert report.failed == (share is None)
+
+
+@with_marks(*compiled)
+def test_a_conv_with_pairs_on_both_inputs_runs_in_int8_and_one_without_in_float():
+    assert operators_in(model_with(GOOD), "in_int8") == {"Conv"}
+    assert operators_in(model_with(f"{W} y = Conv<pads=[1,1,1,1]>(x, wd)"), "in_float") == {"Conv"}
+    assert operators_in(model_with(f"{X} wd = DequantizeLinear(w, s, z) y = ConvTranspose(xd, wd)"), "in_float") == {
+        "ConvTranspose"
+    }
+
+
+@with_marks(*compiled)
+@pytest.mark.parametrize("name", ["TRT001", "TRT003", "TRT004", "TRT006", "TRT009", "TRT010", "TRT013"])
+def test_the_compiler_refuses_what_lint_calls_an_error(name):
+    with pytest.raises(ModelError):
+        prove(load_model(model_with(CASES[name][0])))
+
+
+@with_marks(*compiled)
+@pytest.mark.parametrize(
+    "quantized",
+    [
+        (
+            "xq = QuantizeLinear<axis=1>(x, sc, zc) xd = DequantizeLinear<axis=1>(xq, sc, zc) "
+            f"{W} y = Conv<pads=[1,1,1,1]>(xd, wd)"
+        ),
+        f"{X} wd = DequantizeLinear<axis=1>(w, sc, zc) y = Conv<pads=[1,1,1,1]>(xd, wd)",
+    ],
+)
+def test_scales_along_another_axis_are_not_refused_but_cost_int8(quantized):
+    assert operators_in(model_with(quantized), "in_float") == {"Conv"}
+    assert "TRT032" in findings(model_with(quantized))
+
+
+@with_marks(*compiled)
+def test_an_error_names_the_node_and_not_a_place_in_the_source():
+    model = model_with(f"{CONV} y = mine.Plugin(c)")
+    model.graph.node[-1].name = "the plugin"
+    with pytest.raises(ModelError, match="the plugin") as error:
+        prove(load_model(model))
+    assert "cpp" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@with_marks(*compiled)
+def test_the_model_and_its_names_are_left_as_they_are():
+    model = load_model(model_with(GOOD))
+    before = [(node.name, [tensor.shape for tensor in node.outputs]) for node in model.graph.nodes]
+    prove(model)
+    assert [(node.name, [tensor.shape for tensor in node.outputs]) for node in model.graph.nodes] == before
+
+
+@with_marks(*compiled, pytest.mark.zoo)
+@pytest.mark.parametrize("name", NAMES)
+def test_tensorrt_builds_what_qdq_writes_and_runs_every_quantized_product_in_int8(name):
+    """But ConvTranspose, for which TensorRT for RTX has no int8 kernel."""
+    data = str(zoo_feeds(name, "calibration"))
+    passes = "freeze-inputs,fold,calibrate:method=minmax,qdq"
+    result = graphopt.optimize(str(zoo_model(name)), passes, data=data, samples=2, target="tensorrt", verify=False)
+    report = graphopt.lint(result.model, "tensorrt")
+    errors = [found for found in report.findings if found.severity is Severity.ERROR]
+    if name in REFUSED_FLOAT:
+        with pytest.raises(ModelError):
+            prove(load_model(zoo_model(name)))
+        assert [found.rule for found in errors] == ["TRT031"]
+        return
+    assert not errors
+    left = [found for found in report.findings if found.rule == "TRT032" and found.where not in OF_ZEROS]
+    assert all("ConvTranspose" in found.message for found in left), left[:3]
