@@ -33,6 +33,7 @@ from graphopt.branch_tensors import branch_label, range_names, with_branches
 from graphopt.branches import branch_lengths, data_flow
 from graphopt.graph import all_graphs, bodies, constant_of, has_input, is_constant, label_of, present, producer
 from graphopt.pass_base import Skip
+from graphopt.sizes import fixed_shape
 from graphopt.targets import Role, Rule, Target
 
 
@@ -208,6 +209,9 @@ class _Placing:
 
     def _too_small(self, node: gs.Node, rule: Rule) -> str | None:
         """Whether too few channels meet in an operator for int8 to gain there."""
+        rows = fixed_shape(node.outputs[0])
+        if rule.needs_rows and rows is not None and all(size == 1 for size in rows[:-1]):
+            return "it multiplies a vector: int8 is no faster there"
         weight = node.inputs[1]
         if rule.minimum_channels <= 1 or not is_constant(weight) or weight.shape is None:
             return None

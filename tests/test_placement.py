@@ -172,6 +172,15 @@ def test_tensorrt_leaves_a_thin_conv_in_float():
     assert "under 16" in skip.reason
 
 
+@pytest.mark.parametrize(("rows", "gains"), [("1", False), ("2", True), ("N", True)])
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_tensorrt_leaves_the_product_of_a_vector_in_float(op, rows, gains):
+    graph = graph_of(f"y = {op}(x, k)", f"float[{rows},16] x", f"float[{rows},32] y", "float[16,32] k")
+    placement = place(graph, TENSORRT)
+    assert operators(placement) == ([op] if gains else [])
+    assert ["vector" in skip.reason for skip in placement.skipped] == ([] if gains else [True])
+
+
 def test_tensorrt_takes_a_first_layer_with_few_input_channels():
     graph = graph_of("y = Conv<pads=[1,1,1,1]>(x, k)", "float[N,3,8,8] x", "float[N,16,8,8] y", "float[16,3,3,3] k")
     assert operators(place(graph, TENSORRT)) == ["Conv"]

@@ -40,6 +40,7 @@ class Rule:
             layer: the runtime pads them, if output channels are a multiple of the target's `channel_multiple`.
         minimum_grouped_kernel: fewer channels gain too in groups with kernels of at least this size and such output
             channels; 0: they do not.
+        needs_rows: a product of one row, a vector, does not gain.
         largest_kernel: largest product of a Conv's kernel sizes that gains; None: any.
         counts_groups_alone: input channels are those of one group, and with fewer there is no kernel.
         on_integers: the operator is written between Q and DQ, on the integers themselves: the runtime has a kernel
@@ -58,6 +59,7 @@ class Rule:
     minimum_channels: int = 1
     pads_inputs: bool = False
     minimum_grouped_kernel: int = 0
+    needs_rows: bool = False
     largest_kernel: int | None = None
     counts_groups_alone: bool = False
     on_integers: bool = False

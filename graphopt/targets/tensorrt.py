@@ -29,8 +29,8 @@ _RULES = {
     "Conv": replace(_WEIGHTED, pads_inputs=True, minimum_grouped_kernel=3),
     # per-channel ConvTranspose weights are accepted by some versions only: one scale
     "ConvTranspose": replace(_WEIGHTED, per_channel=False),
-    "Gemm": replace(_WEIGHTED, attributes={"transA": 0, "beta": 1}),
-    "MatMul": replace(_WEIGHTED, needs_constant_weight=False),
+    "Gemm": replace(_WEIGHTED, attributes={"transA": 0, "beta": 1}, needs_rows=True),
+    "MatMul": replace(_WEIGHTED, needs_constant_weight=False, needs_rows=True),
 }
 
 # As NVIDIA's Model Optimizer places float8: no Conv with fewer channels on a side (in a group), or a larger kernel.
