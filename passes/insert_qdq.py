@@ -27,11 +27,11 @@ import onnx_graphsurgeon as gs
 from graphopt.autotune import tune
 from graphopt.branch_tensors import branch_tensors
 from graphopt.calibrated_placement import place_calibrated
+from graphopt.decompositions import decompose, is_decomposed
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
 from graphopt.graph import all_graphs
 from graphopt.graph_copy import copy_graph
-from graphopt.hard_activations import decompose_activations
 from graphopt.insertion import insert_pairs
 from graphopt.islands import islands_of, too_small
 from graphopt.model_io import Model
@@ -333,8 +333,9 @@ def _quantize(
     graph: gs.Graph, target: Target, placements: tuple[Placement, ...], excluded: dict[int, str], ranges: Ranges
 ) -> tuple[Placement, ...]:
     """Insert the pairs of placements; return these as they are once operators that run as others are written out."""
-    if decomposed := [node for each in placements for node in each.nodes if node.op in target.decomposed]:
-        ranges = decompose_activations(graph, decomposed, ranges)
+    placed = [node for each in placements for node in each.nodes if node.op in target.decomposed]
+    if decomposed := list(filter(is_decomposed, placed)):
+        ranges = decompose(graph, decomposed, ranges)
         infer_shapes(graph)
         placements = place_calibrated(graph, target, excluded, ranges)
     insert_pairs(graph, target, placements, ranges)

@@ -123,6 +123,29 @@ def test_onnxruntime_runs_every_conv_in_int8():
     assert not {"Conv", "FusedConv", "Relu"} & set(operators)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ("strides=[2,2]", {"QLinearConv": 3}),
+        ("pads=[1,1,1,1], count_include_pad=1", {"QLinearConv": 3}),
+        ("pads=[1,1,1,1]", {"QLinearConv": 3, "QLinearMul": 1}),
+        ("strides=[2,2], ceil_mode=1", {"QLinearConv": 2, "QLinearAveragePool": 1}),
+    ],
+)
+def test_onnxruntime_averages_by_a_conv_where_one_stands_for_it(attributes, expected):
+    text = CONV_RELU_CONV.replace("r = Relu(c)", f"r = AveragePool<kernel_shape=[3,3], {attributes}>(c)")
+    model = model_of(text.replace("float[N,16,8,8] y", "float[N,16,H,W] y"))
+    x = {"x": np.random.default_rng(0).uniform(-1, 1, (2, 16, 8, 8)).astype(np.float32)}
+    before = open_session(model, extra_outputs=["c", "r"]).run(x)
+    ends = {name: (float(values.min()), float(values.max())) for name, values in (before | x).items()}
+    proto, _ = quantized(model, ranges=ranges_of(**ends))
+    found = optimized_ops(proto)
+    kernels = ("QLinearConv", "QLinearMul", "QLinearAveragePool", "AveragePool")
+    assert {op: found[op] for op in kernels if found[op]} == expected
+    noise = open_session(proto).run(x)["y"] - before["y"]
+    assert 10 * np.log10((before["y"] ** 2).sum() / (noise**2).sum()) > 30
+
+
 @pytest.mark.parametrize("switch", [Switch.ON, Switch.OFF])
 def test_reduce_range_decides_whether_two_weights_may_saturate(switch):
     proto, _ = quantized(model_of(CONV_RELU_CONV), reduce_range=switch)

@@ -27,7 +27,7 @@ BETWEEN_CONVS = {
     "LeakyRelu": ("d = LeakyRelu(c)", "QLinearLeakyRelu"),
     "Sigmoid": ("d = Sigmoid(c)", "QLinearSigmoid"),
     "Softmax": ("d = Softmax<axis=1>(c)", "QLinearSoftmax"),
-    "AveragePool": ("d = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(c)", "QLinearAveragePool"),
+    "AveragePool": ("d = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(c)", "QLinearMul"),
     "GlobalAveragePool": ("d = GlobalAveragePool(c)", "QLinearGlobalAveragePool"),
     "Concat": ("d = Concat<axis=0>(c, x)", "QLinearConcat"),
     "Split": ("e, f = Split<axis=0, num_outputs=2>(c) d = Add(e, f)", "Split"),

@@ -71,7 +71,7 @@ ORT_CPU = Target(
     },
     absorbs_factors=True,
     costs=_COSTS,
-    decomposed=frozenset(_HARD_ACTIVATIONS),
+    decomposed=frozenset({*_HARD_ACTIVATIONS, "AveragePool"}),
     stays_float={
         "ConvTranspose": "onnxruntime has no int8 kernel for ConvTranspose",
         "LSTM": "onnxruntime has no int8 kernel for LSTM behind Q/DQ",

@@ -121,7 +121,7 @@ class Target:
         quantizes_outputs: an int8 operator needs its output quantized too, and all consumers read the quantized
             tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
         absorbs_factors: a product with a positive constant factor costs nothing: a DQ with another scale.
-        decomposed: operators that run in int8 only as what they stand for (`graphopt.hard_activations`).
+        decomposed: operators that run in int8 only as what they stand for, or faster so (`graphopt.decompositions`).
         residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
         stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
         saturates: its kernels add two products of a uint8 and an int8 in 16 bits, so weights must keep such sums small;
