@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.branch_tensors import range_names
 from graphopt.evaluate import evaluate
-from graphopt.graph import Names, all_graphs, disconnect
+from graphopt.graph import Names, all_graphs, disconnect, has_input
 from graphopt.ranges import Ranges, TensorRange
 
 _NOT_OF_CONV = ("ceil_mode", "count_include_pad")
@@ -77,6 +77,56 @@ def decompose(graph: gs.Graph, nodes: Iterable[gs.Node], ranges: Ranges) -> Rang
     for each in all_graphs(graph):
         each.nodes[:] = [new for node in each.nodes for new in replacements.get(id(node), [node])]
     return replace(ranges, tensors=tensors)
+
+
+def write_clips_as_limits(graph: gs.Graph, products: Iterable[gs.Node]) -> None:
+    """Replace the Relu or Clip behind a product in int8 by Max and Min, in place, where no Q follows.
+
+    onnxruntime looks for the Q of a product behind a Relu or Clip that one node reads; finding none it does not fuse
+    the product at all, and dequantizes its weight in every run (held against version 1.32). It looks behind no Max.
+
+    Args:
+        graph: the main graph, quantizers and all.
+        products: those whose output may stay float, of it or of its branches.
+    """
+    names = Names(graph)
+    clips = {id(clip): clip for node in products if (clip := _clip_that_hides(node)) is not None}
+    for each in all_graphs(graph):
+        each.nodes[:] = [new for node in each.nodes for new in (_limits(node, names) if id(node) in clips else [node])]
+
+
+def _clip_that_hides(product: gs.Node) -> gs.Node | None:
+    (value,) = product.outputs
+    if len(value.outputs) != 1 or value.outputs[0].op not in ("Relu", "Clip"):
+        return None
+    (clip,) = value.outputs
+    readers = clip.outputs[0].outputs
+    hides = len(readers) == 1 and readers[0].op != "QuantizeLinear" and any(_bounds(clip))
+    return clip if hides else None
+
+
+def _bounds(clip: gs.Node) -> tuple[gs.Tensor | None, gs.Tensor | None]:
+    """The lower and the upper limit, where the node states them; Relu's is made up."""
+    if clip.op == "Relu":
+        return gs.Constant("", np.zeros((), np.float32)), None
+    lower, upper = (clip.inputs[index] if has_input(clip, index) else None for index in (1, 2))
+    return lower, upper
+
+
+def _limits(clip: gs.Node, names: Names) -> list[gs.Node]:
+    """Max and Min as Clip puts them: where the limits cross, the upper one holds."""
+    value, result, bounds = clip.inputs[0], clip.outputs[0], _bounds(clip)
+    disconnect(clip)
+    limits = [(op, bound) for op, bound in zip(("Max", "Min"), bounds, strict=True) if bound is not None]
+    new: list[gs.Node] = []
+    for position, (op, bound) in enumerate(limits):
+        bound.name = bound.name or names.fresh(f"{result.name}_zero")
+        is_last = position == len(limits) - 1
+        name = clip.name if is_last else names.fresh(f"{result.name}_limited")
+        output = result if is_last else gs.Variable(name, np.dtype(np.float32), result.shape)
+        new.append(gs.Node(op, name, {}, [value, bound], [output]))
+        value = output
+    return new
 
 
 class _Decomposition:

@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 from graphopt.autotune import tune
 from graphopt.branch_tensors import branch_tensors
 from graphopt.calibrated_placement import place_calibrated
-from graphopt.decompositions import decompose, is_decomposed
+from graphopt.decompositions import decompose, is_decomposed, write_clips_as_limits
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
 from graphopt.graph import all_graphs
@@ -339,4 +339,7 @@ def _quantize(
         infer_shapes(graph)
         placements = place_calibrated(graph, target, excluded, ranges)
     insert_pairs(graph, target, placements, ranges)
+    if target.clips_hide_products:
+        floating = {op for op, rule in target.rules.items() if rule.role is Role.GAINS and not rule.needs_output}
+        write_clips_as_limits(graph, [node for each in placements for node in each.nodes if node.op in floating])
     return placements

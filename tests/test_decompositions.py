@@ -1,11 +1,12 @@
 """What operators are replaced by equals them, and the ranges of new tensors hold their values."""
 
 import numpy as np
+import onnx
 import pytest
 from test_insert_qdq import ranges_of
 from texts import model_of
 
-from graphopt.decompositions import decompose, is_decomposed
+from graphopt.decompositions import decompose, is_decomposed, write_clips_as_limits
 from graphopt.model_io import load_model
 from graphopt.runtime import open_session
 
@@ -91,3 +92,50 @@ def test_an_average_pool_over_the_whole_picture_has_a_fast_kernel_and_stays():
     model = pool_of("", "8,3,3", "1,1")
     (node,) = model.graph.nodes
     assert not is_decomposed(node)
+
+
+@pytest.mark.parametrize(
+    ("clip", "operators"),
+    [
+        ("Relu(m)", ["Max"]),
+        ("Clip(m, low, high)", ["Max", "Min"]),
+        ("Clip(m, high, low)", ["Max", "Min"]),
+        ("Clip(m, , high)", ["Min"]),
+        ("Clip(m, low)", ["Max"]),
+    ],
+)
+@pytest.mark.parametrize("output", ["y", "c"])
+def test_limits_equal_the_clip_that_hides_a_product(clip, operators, output):
+    model = product_before(clip, "y = Exp(c)", output)
+    x = {"x": np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)}
+    (expected,) = open_session(model.to_proto()).run(x).values()
+    write_clips_as_limits(model.graph, model.graph.nodes[:1])
+    assert [node.op for node in model.graph.nodes] == ["MatMul", *operators, "Exp"]
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+    (found,) = open_session(model.to_proto()).run(x).values()
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("clip", "after"),
+    [
+        ("Relu(m)", "q = QuantizeLinear(c, s, z) y = DequantizeLinear(q, s, z)"),  # the product takes that Q
+        ("Relu(m)", "e = Exp(c) y = Mul(e, c)"),
+        ("Relu(m)", "y = Add(c, m)"),
+        ("Clip(m)", "y = Exp(c)"),
+    ],
+)
+def test_a_clip_that_hides_nothing_stays(clip, after):
+    model = product_before(clip, after)
+    write_clips_as_limits(model.graph, model.graph.nodes[:1])
+    assert model.graph.nodes[1].op == clip[:4]
+
+
+def product_before(clip, after, output="y"):
+    text = f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[A,4] x) => (float[A,3] {output})
+        <float[4,3] w, float low = {{-0.5}}, float high = {{0.5}}, float s = {{0.1}}, uint8 z = {{0}}>
+        {{ m = MatMul(x, w) c = {clip} {after} }}
+    """
+    return load_model(model_of(text))

@@ -88,6 +88,9 @@ def test_onnxruntime_runs_the_group_between_two_convs_in_int8(name):
         ("f = Flatten(x) m = MatMul(f, mw) y0 = Add(m, gb) y = Unsqueeze(y0, axes2)", "QGemm"),
         ("f = Flatten(x) y0 = MatMul(f, mw) y = Unsqueeze(y0, axes2)", "MatMulIntegerToFloat"),
         ("y = MatMul(x, x)", "MatMulIntegerToFloat"),
+        ("m = MatMul(x, x) r = Relu(m) y = Exp(r)", "MatMulIntegerToFloat"),
+        ("m = MatMul(x, x) r = Clip(m, zero, six) y = Exp(r)", "MatMulIntegerToFloat"),
+        ("m = MatMul(x, x) r = Clip(m, , six) y = Exp(r)", "MatMulIntegerToFloat"),
         ("a = MatMul(x, x) y = MatMul(a, x)", "QLinearMatMul"),
     ],
 )

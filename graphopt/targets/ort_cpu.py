@@ -70,6 +70,7 @@ ORT_CPU = Target(
         "int4": Blocks(quant_type=UINT4_WEIGHT, sizes=(32, 16, 64, 128, 256), divide=False, may_be_shared=False)
     },
     absorbs_factors=True,
+    clips_hide_products=True,
     costs=_COSTS,
     decomposed=frozenset({*_HARD_ACTIVATIONS, "AveragePool"}),
     stays_float={

@@ -122,6 +122,7 @@ class Target:
             tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
         absorbs_factors: a product with a positive constant factor costs nothing: a DQ with another scale.
         decomposed: operators that run in int8 only as what they stand for, or faster so (`graphopt.decompositions`).
+        clips_hide_products: a product with a float output is not fused before a Relu or Clip, and it is before a Max.
         residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
         stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
         saturates: its kernels add two products of a uint8 and an int8 in 16 bits, so weights must keep such sums small;
@@ -149,6 +150,7 @@ class Target:
     quantizes_outputs: bool = True
     absorbs_factors: bool = False
     decomposed: frozenset[str] = frozenset()
+    clips_hide_products: bool = False
     residual_adds: bool = False
     stores_int8_weights: bool = True
     saturates: bool = False
