@@ -1,7 +1,9 @@
 """What TensorRT's compiler makes of Q/DQ graphs; most needs the extra `tensorrt`, which CI installs."""
 
+import numpy as np
 import pytest
 from test_lint_tensorrt import CASES, CONV, GOOD, W, X, model_with
+from texts import model_of
 from zoo import NAMES, zoo_feeds, zoo_model
 
 import graphopt
@@ -100,6 +102,33 @@ def test_the_compiler_refuses_what_lint_calls_an_error(name):
 def test_scales_along_another_axis_are_not_refused_but_cost_int8(quantized):
     assert operators_in(model_with(quantized), "in_float") == {"Conv"}
     assert "TRT032" in findings(model_with(quantized))
+
+
+@with_marks(*compiled)
+@pytest.mark.parametrize(
+    ("options", "figure"),
+    [
+        ("int8_weights=on", "share of MACs in int8"),
+        ("activations=float8e4m3", "share of MACs in float8"),
+        ("weights=int4:exclude_ops=Conv", None),
+    ],
+)
+def test_tensorrt_builds_stored_int8_weights_float8_and_blocks_of_4_bits(options, figure):
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,16,16,8] x) => (float[2,16,16,64] y)
+        <float[16,16,3,3] w, float[128,64] m, int64[3] rows = {2,16,128}, int64[4] all = {2,16,1,64}>
+        { c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) f = Reshape(r, rows) p = MatMul(f, m) u = Reshape(p, all)
+          z = Sigmoid(u) y = Concat<axis=2>(z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z) }
+    """
+    data = [{"x": np.random.default_rng(0).standard_normal((2, 16, 16, 8)).astype(np.float32)}]
+    passes = f"calibrate:method=minmax,qdq:{options}"
+    result = graphopt.optimize(model_of(text), passes, data=data, target="tensorrt", verify=False)
+    report = graphopt.lint(result.model, "tensorrt")
+    assert not report.failed, report.findings
+    assert "TRT032" not in {found.rule for found in report.findings}
+    if figure is not None:
+        assert report.figures[figure] == 1
 
 
 @with_marks(*compiled)

@@ -9,8 +9,8 @@ from graphopt.frame import gs_graphs
 from graphopt.lint_rule import Subject
 from graphopt.macs import Place, macs_by_operator
 
-MACS_IN_INT8 = "share of MACs in int8"
-"""The name of the figure in reports."""
+MACS_IN_INT8, MACS_IN_FLOAT8 = "share of MACs in int8", "share of MACs in float8"
+"""Names of the figure in reports."""
 
 
 def share_of_macs(subject: Subject, nodes: Collection[int]) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from graphopt.errors import ModelError
 from graphopt.graph import label_of
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
-from graphopt.targets.int8_share import MACS_IN_INT8, share_of_macs
+from graphopt.targets.int8_share import MACS_IN_FLOAT8, MACS_IN_INT8, share_of_macs
 from graphopt.targets.tensorrt_patterns import is_quantized, weighted
 from graphopt.tensorrt_proof import TensorRTProof, compiler_name, has_compiler, prove
 
@@ -55,7 +55,8 @@ def figures(subject: Subject) -> Mapping[str, int | float]:
     counted: dict[str, int | float] = {"Q and DQ nodes in the file": len(subject.quantizers)}
     found = subject.shared(proof)
     if isinstance(found, TensorRTProof) and (share := share_of_macs(subject, found.in_int8)) is not None:
-        counted[MACS_IN_INT8] = share
+        stored = {each.stored_dtype.name for each in subject.quantizers if each.stored_dtype is not None}
+        counted[MACS_IN_FLOAT8 if "float8_e4m3fn" in stored else MACS_IN_INT8] = share
     return counted
 
 
