@@ -154,10 +154,10 @@ def test_autotune_is_refused_for_a_target_elsewhere():
         model_of(
             """
         <ir_version: 8, opset_import: ["" : 17]>
-        net (float[1,16] x) => (float[1,16] y) <float[16,16] w> { y = MatMul(x, w) }
+        net (float[2,16] x) => (float[2,16] y) <float[16,16] w> { y = MatMul(x, w) }
         """
         )
     )
-    data = [{"x": np.ones((1, 16), np.float32)}]
+    data = [{"x": np.ones((2, 16), np.float32)}]
     with pytest.raises(PipelineError, match="runs elsewhere"):
         graphopt.optimize(model.graph, "calibrate,qdq:autotune=true", data=data, target="tensorrt")
