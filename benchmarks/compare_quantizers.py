@@ -112,7 +112,7 @@ def score(rows: list[Row], model: Path, outs: list[Path], samples: Samples) -> N
         if row.failed:
             continue
         try:
-            session, exact = open_session(out), open_session(out, optimize=False)
+            session, exact = open_session(out), open_session(out, exact=True)
             outputs = compare_sessions(reference, session, samples).outputs
             exact_outputs = compare_sessions(reference, exact, samples).outputs
         except GraphoptError as error:

@@ -86,7 +86,7 @@ def check_models(
         GraphoptError: inputs or outputs differ, or a model does not run on a sample.
     """
     sessions = [open_session(reference), open_session(other)]
-    compared = [sessions[0], open_session(other, optimize=False)] if exact else sessions
+    compared = [sessions[0], open_session(other, exact=True)] if exact else sessions
     comparison = compare_sessions(compared[0], compared[1], samples, progress=progress)
     latencies: list[float] | list[None] = [None, None]
     if measure:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from graphopt.compare import compare_sessions
+from graphopt.compare import Runs, compare_sessions
 from graphopt.errors import DataError
 from graphopt.feeds import Samples
 from graphopt.runtime import Session
@@ -70,7 +70,7 @@ class Judge:
         return votes > 0
 
 
-def noise_to_signal(reference: Session, session: Session, samples: Samples) -> float:
+def noise_to_signal(reference: Runs, session: Session, samples: Samples) -> float:
     """The noise over the signal, as in SQNR, averaged over the outputs.
 
     Where no output is a float, the share of elements that differ; NaN where nothing can be compared.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -19,7 +20,7 @@ from graphopt.model_io import Model
 from graphopt.pass_base import Context, Pass
 from graphopt.progress import track
 from graphopt.ranges import Ranges
-from graphopt.runtime import open_session
+from graphopt.runtime import Session, arrays_in, open_session
 from graphopt.thresholds import Method
 
 CANDIDATES = (Method.MSE, Method.AUTO, Method.MINMAX, Method.PERCENTILE, Method.ENTROPY)
@@ -27,6 +28,9 @@ CANDIDATES = (Method.MSE, Method.AUTO, Method.MINMAX, Method.PERCENTILE, Method.
 
 SAMPLES = 32
 """At most so many, that models are compared on."""
+
+
+_KEPT = 1 << 28  # bytes of outputs of the float graph; those beyond are computed again for each method
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,31 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
         ModelError: onnxruntime cannot load or run a graph.
     """
     samples = Samples(lambda: iter(feeds), ranges.source, len(feeds))
-    reference = open_session(Model(graph, context.frame))
+    reference = _Once(open_session(Model(graph, context.frame)))
     found: list[tuple[Ranges, float]] = []
     for method in track(CANDIDATES, context.progress, "comparing methods", len(CANDIDATES)):
         candidate = ranges.rechosen(method, percent=ranges.percent, target=context.target)
         copy = copy_graph(graph)
         quantize.apply(copy, Context(target=context.target, frame=context.frame, ranges=candidate))
-        as_it_runs = context.target.runs_here  # else Q and DQ as they stand, whatever kernels this machine has
-        session = open_session(Model(copy, context.frame), optimize=as_it_runs)
+        session = open_session(Model(copy, context.frame), exact=not context.target.runs_here)
         found.append((candidate, noise_to_signal(reference, session, samples)))
     best, _ = min(found, key=lambda each: math.inf if math.isnan(each[1]) else each[1])
     return Found(best, dict(zip(CANDIDATES, (error for _, error in found), strict=True)))
+
+
+class _Once:
+    """A session that remembers what it returned for a feed, as long as the feed is there."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._kept: dict[int, dict[str, Any]] = {}  # by id of the feed
+        self._left = _KEPT
+        self.outputs = session.outputs
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        if (found := self._kept.get(id(feed))) is None:
+            found = self._session.run(feed, outputs)
+            self._left -= sum(array.nbytes for value in found.values() for array in arrays_in(value))
+            if self._left >= 0:
+                self._kept[id(feed)] = found
+        return found

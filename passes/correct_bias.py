@@ -88,7 +88,7 @@ def _judged(
 
 def _exact_session(graph: gs.Graph, context: Context) -> Session:
     """One in which Q and DQ compute what they stand for, whatever int8 kernels this machine has."""
-    return open_session(Model(graph, context.frame), optimize=False)
+    return open_session(Model(graph, context.frame), exact=True)
 
 
 def _move(graph: gs.Graph, operators: Sequence[Correctable], gained: dict[str, Array]) -> int:

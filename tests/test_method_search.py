@@ -129,3 +129,23 @@ def test_optimize_searches_unless_told_otherwise():
     told = optimize(onnx.parser.parse_model(NET), "calibrate:method=entropy,qdq", data=feeds)
     assert "search took" in str(searched.report.passes)
     assert "search took" not in str(told.report.passes)
+
+
+@pytest.mark.parametrize(("kept", "runs"), [(1 << 20, 2), (0, 4)])
+def test_outputs_of_the_float_graph_are_kept_as_far_as_there_is_room(kept, runs, monkeypatch):
+    monkeypatch.setattr(method_search, "_KEPT", kept)
+
+    class Counting:
+        outputs = ("y",)
+        count = 0
+
+        def run(self, feed, outputs=None):
+            self.count += 1
+            return {"y": feed["x"] + 1}
+
+    session = Counting()
+    once = method_search._Once(session)
+    feeds = [{"x": np.full(3, value, np.float32)} for value in (1, 2)]
+    for _ in range(2):
+        assert [once.run(feed)["y"][0] for feed in feeds] == [2, 3]
+    assert session.count == runs

@@ -276,3 +276,24 @@ def test_feeds_weights_that_an_old_file_lists_as_inputs_too(monkeypatch):
     session = open_session(load_model(model), copy_weights=False)
     assert [each.name for each in session.inputs] == ["x"]
     np.testing.assert_array_equal(session.run({"x": np.ones((1, 64), np.float32)})["y"], np.full((1, 32), 64))
+
+
+def test_an_exact_session_computes_q_and_dq_as_they_stand(monkeypatch):
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,16] x) => (float[2,8] y)
+        <float s = {0.02}, uint8 z = {128}, float t = {0.05}>
+        { q = QuantizeLinear (x, s, z)  d = DequantizeLinear (q, s, z)  v = DequantizeLinear (w, t)
+          m = MatMul (d, v)  r = QuantizeLinear (m, t, z)  y = DequantizeLinear (r, t, z) }
+    """
+    rng = np.random.default_rng(0)
+    model = build(text, {"w": rng.integers(-127, 128, (16, 8)).astype(np.int8)})
+    feed = {"x": rng.standard_normal((2, 16)).astype(np.float32)}
+    opened = []
+    original = runtime._open
+    monkeypatch.setattr(
+        runtime, "_open", lambda model, options, extra: opened.append(options) or original(model, options, extra)
+    )
+    found = open_session(model, exact=True).run(feed)["y"]
+    assert opened[0].get_session_config_entry("session.disable_quant_qdq") == "1"
+    np.testing.assert_allclose(found, open_session(model, optimize=False).run(feed)["y"], atol=1e-6)
