@@ -34,6 +34,7 @@ _LEAST_SHARED = 2**20  # bytes of weights from which on they are handed over bes
 _SETTLING = 0.01  # seconds after which a session runs as if there were no others
 _LEAST_FED = 2**28  # bytes of weights from which on onnxruntime's own copy is avoided where speed does not count
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
+_WRONG_BEFORE_FLOAT8 = "ReluQuantRewrite;ClipQuantRewrite"  # 1.32 takes a Q of float8 for one that a Relu is lost in
 _NO_FLOAT8_BEHIND_CLIP = "Unexpected data type for QuantizeLinear input y_zero_point"  # of one optimizer, in 1.32
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
@@ -133,6 +134,7 @@ def open_session(
     options = _options(threads, optimize)
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("optimization.disable_specified_optimizers", _WRONG_BEFORE_FLOAT8)
     options.enable_mem_pattern = plan_memory
     return _open(model, options, extra_outputs)
 

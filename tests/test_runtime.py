@@ -296,4 +296,5 @@ def test_an_exact_session_computes_q_and_dq_as_they_stand(monkeypatch):
     )
     found = open_session(model, exact=True).run(feed)["y"]
     assert opened[0].get_session_config_entry("session.disable_quant_qdq") == "1"
+    assert "ReluQuantRewrite" in opened[0].get_session_config_entry("optimization.disable_specified_optimizers")
     np.testing.assert_allclose(found, open_session(model, optimize=False).run(feed)["y"], atol=1e-6)
