@@ -90,7 +90,7 @@ def write_clips_as_limits(graph: gs.Graph, products: Iterable[gs.Node]) -> None:
         products: those whose output may stay float, of it or of its branches.
     """
     names = Names(graph)
-    clips = {id(clip): clip for node in products if (clip := _clip_that_hides(node)) is not None}
+    clips = {id(clip) for node in products if (clip := _clip_that_hides(node)) is not None}
     for each in all_graphs(graph):
         each.nodes[:] = [new for node in each.nodes for new in (_limits(node, names) if id(node) in clips else [node])]
 

@@ -16,19 +16,10 @@ from graphopt.tensorrt_proof import TensorRTProof, has_compiler, prove
 REFUSED_FLOAT = {"silero_vad_v6"}  # TensorRT for RTX 1.7 builds it in float no more than quantized
 OF_ZEROS = {"/lstm_fwd/cell/Gemm", "/lstm_bwd/cell/Gemm"}  # of captcha_crnn: the first step, whose state is zero
 
-compiled = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_compiler(), reason="the extra tensorrt is not installed"),
-]
 
-
-def with_marks(*marks):
-    def decorate(function):
-        for mark in marks:
-            function = mark(function)
-        return function
-
-    return decorate
+def compiled(test):
+    """A test that asks the compiler."""
+    return pytest.mark.slow(pytest.mark.skipif(not has_compiler(), reason="the extra tensorrt is not installed")(test))
 
 
 def findings(model):
@@ -72,7 +63,7 @@ def test_what_the_compiler_says_becomes_findings_and_figures(monkeypatch):
         assert report.failed == (share is None)
 
 
-@with_marks(*compiled)
+@compiled
 def test_a_conv_with_pairs_on_both_inputs_runs_in_int8_and_one_without_in_float():
     assert operators_in(model_with(GOOD), "in_int8") == {"Conv"}
     assert operators_in(model_with(f"{W} y = Conv<pads=[1,1,1,1]>(x, wd)"), "in_float") == {"Conv"}
@@ -81,14 +72,14 @@ def test_a_conv_with_pairs_on_both_inputs_runs_in_int8_and_one_without_in_float(
     }
 
 
-@with_marks(*compiled)
+@compiled
 @pytest.mark.parametrize("name", ["TRT001", "TRT003", "TRT004", "TRT006", "TRT009", "TRT010", "TRT013"])
 def test_the_compiler_refuses_what_lint_calls_an_error(name):
     with pytest.raises(ModelError):
         prove(load_model(model_with(CASES[name][0])))
 
 
-@with_marks(*compiled)
+@compiled
 @pytest.mark.parametrize(
     "quantized",
     [
@@ -104,7 +95,7 @@ def test_scales_along_another_axis_are_not_refused_but_cost_int8(quantized):
     assert "TRT032" in findings(model_with(quantized))
 
 
-@with_marks(*compiled)
+@compiled
 @pytest.mark.parametrize(
     ("options", "figure"),
     [
@@ -131,7 +122,7 @@ def test_tensorrt_builds_stored_int8_weights_float8_and_blocks_of_4_bits(options
         assert report.figures[figure] == 1
 
 
-@with_marks(*compiled)
+@compiled
 def test_an_error_names_the_node_and_not_a_place_in_the_source():
     model = model_with(f"{CONV} y = mine.Plugin(c)")
     model.graph.node[-1].name = "the plugin"
@@ -141,7 +132,7 @@ def test_an_error_names_the_node_and_not_a_place_in_the_source():
     assert "\n" not in str(error.value)
 
 
-@with_marks(*compiled)
+@compiled
 def test_the_model_and_its_names_are_left_as_they_are():
     model = load_model(model_with(GOOD))
     before = [(node.name, [tensor.shape for tensor in node.outputs]) for node in model.graph.nodes]
@@ -149,7 +140,8 @@ def test_the_model_and_its_names_are_left_as_they_are():
     assert [(node.name, [tensor.shape for tensor in node.outputs]) for node in model.graph.nodes] == before
 
 
-@with_marks(*compiled, pytest.mark.zoo)
+@compiled
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", NAMES)
 def test_tensorrt_builds_what_qdq_writes_and_runs_every_quantized_product_in_int8(name):
     """But ConvTranspose, for which TensorRT for RTX has no int8 kernel."""
