@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.biases import Bias
 from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import (
+    Array,
     Names,
     constant_of,
     disconnect,
     disconnect_all,
     has_input,
     integers_of,
+    is_constant,
     is_output,
     named_tensors,
     nested_output_names,
@@ -37,6 +41,9 @@ from graphopt.quantization import QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
 from graphopt.sizes import fixed_shape
 from graphopt.targets import Target
+
+_LARGEST_BIAS = 2.0**30
+"""Half of what an int32 holds: the other half is for the products."""
 
 
 def insert_pairs(graph: gs.Graph, target: Target, placements: Sequence[Placement], ranges: Ranges) -> None:
@@ -73,18 +80,22 @@ class _Insertion:
         self.new_nodes: list[gs.Node] = []
         self.own = {id(tensor) for node in self.graph.nodes for tensor in node.outputs}
         self.nested_names = nested_output_names(self.graph)
+        self.quantized = dict(placement.activations)
+        self.quantized.update({each.tensor.name: each for each, _ in placement.rescaled})
+        self.bias_adds = {id(producer(edge.node.inputs[1 - edge.index])): edge.node for edge in placement.biases}
         self.stored: dict[int, gs.Variable] = {}  # by id of a tensor, its integers
         self.replaced: set[int] = set()  # ids of nodes that others stand for now
 
     def run(self) -> None:
         """Change the graph."""
         between = [(node, node.inputs[0], node.outputs[0]) for node in self.placement.on_integers]
-        dequantized: dict[tuple[int, int | None], gs.Variable] = {}
+        sharing: dict[tuple[int, int | None], list[Edge]] = {}
         for edge, axis in self.placement.weights:
-            key = (id(edge.tensor), axis)
-            if key not in dequantized:
-                dequantized[key] = self._weight(edge, axis)
-            set_input(edge.node, edge.index, dequantized[key])
+            sharing.setdefault((id(edge.tensor), axis), []).append(edge)
+        for (_, axis), edges in sharing.items():
+            dequantized = self._weight(edges, axis)
+            for edge in edges:
+                set_input(edge.node, edge.index, dequantized)
         for edge in self.placement.operands:
             set_input(edge.node, edge.index, self._operand(edge))
         for edge in self.placement.biases:
@@ -200,13 +211,32 @@ class _Insertion:
         self._add("DequantizeLinear", tensor, [stored, *constants], output, attributes)
         return stored
 
-    def _weight(self, edge: Edge, axis: int | None) -> gs.Variable:
-        weight = edge.tensor
+    def _weight(self, edges: Sequence[Edge], axis: int | None) -> gs.Variable:
+        """The Q/DQ pair of a weight, for all that read it."""
+        weight = edges[0].tensor
         values = constant_of(weight)
         assert values is not None
-        fits = self.target.saturates and not is_depthwise(edge.node)  # which has kernels of its own
-        params = params_of_weight(values, axis, self.target.weight, pairs_fit_16_bits=fits)
+        fits = self.target.saturates and not is_depthwise(edges[0].node)  # which has kernels of its own
+        least = 0.0 if axis is None else reduce(np.maximum, (self._least_scale(edge, axis) for edge in edges))
+        params = params_of_weight(values, axis, self.target.weight, pairs_fit_16_bits=fits, least=least)
         return self._constant_pair(weight, params)
+
+    def _least_scale(self, edge: Edge, axis: int) -> Array:
+        """The least scale of each channel of a weight with which its bias fits an int32.
+
+        A kernel adds the bias as an integer, round(bias / (scale of x * scale of w)). A channel whose weights are all
+        but zero, as training leaves behind a BatchNormalization, would need more bits; weights that far below the
+        bias are nothing in float32 beside it.
+        """
+        bias, data = self._bias_of(edge.node), self.quantized.get(edge.node.inputs[1 - edge.index].name)
+        if bias is None or data is None or bias.size not in (1, edge.tensor.shape[axis]):
+            return np.zeros(1)
+        return np.asarray(np.abs(bias.reshape(-1).astype(np.float64)) / (self._params(data).scale * _LARGEST_BIAS))
+
+    def _bias_of(self, node: gs.Node) -> Array | None:
+        add = self.bias_adds.get(id(node))
+        bias = Bias(node, add)
+        return bias.values() if add is not None or (has_input(node, 2) and is_constant(node.inputs[2])) else None
 
     def _operand(self, edge: Edge) -> gs.Variable:
         """A constant that meets activations: quantized as they are, over its own range."""

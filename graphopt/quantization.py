@@ -95,9 +95,11 @@ def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> Qu
     """Per-tensor parameters that cover [minimum, maximum].
 
     The range is first widened to contain 0, so that 0 (padding, Relu) is exact; symmetric types cover
-    [-m, m] with m = max(|minimum|, |maximum|) by +-qmax steps.
+    [-m, m] with m = max(|minimum|, |maximum|) by +-qmax steps. Where only 0 was seen the range is [0, 1]: any scale has
+    the 0, and kernels divide biases by it.
     """
     low, high = min(minimum, 0.0), max(maximum, 0.0)
+    high = 1.0 if low == high else high
     if quant_type.symmetric:
         scale = np.float32(max(max(-low, high) / quant_type.maximum, SMALLEST_SCALE))
         zero_point = 0
@@ -109,7 +111,12 @@ def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> Qu
 
 
 def params_of_weight(
-    weight: Array, axis: int | None, quant_type: QuantType, *, pairs_fit_16_bits: bool = False
+    weight: Array,
+    axis: int | None,
+    quant_type: QuantType,
+    *,
+    pairs_fit_16_bits: bool = False,
+    least: Array | float = 0.0,
 ) -> QuantParams:
     """Symmetric parameters of a weight: per tensor, or one scale for each index of `axis`.
 
@@ -122,6 +129,7 @@ def params_of_weight(
         pairs_fit_16_bits: for kernels that add two products of a uint8 and an int8 in 16 bits. Whatever two weights
             of a channel meet, their stored sum then stays within 128, and 255 * 128 < 2**15: scale[c] is at least
             the sum of the two largest weights of one sign over 127 (rounding adds at most half a step to each).
+        least: no scale is smaller; one value, or one for each channel.
     """
     channels = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     channels = channels.astype(np.float64)
@@ -129,6 +137,6 @@ def params_of_weight(
     if pairs_fit_16_bits and channels.shape[1] > 1:
         lowest, highest = np.partition(channels, 1, axis=1)[:, :2], np.partition(channels, -2, axis=1)[:, -2:]
         bound = np.maximum(bound, np.maximum(-lowest.sum(axis=1), highest.sum(axis=1)) / _LARGEST_PAIR)
-    scale = np.where(bound > 0, np.maximum(bound, SMALLEST_SCALE), 1.0).astype(np.float32)
+    scale = np.where(bound > 0, np.maximum(np.maximum(bound, SMALLEST_SCALE), least), 1.0).astype(np.float32)
     scale = scale.reshape(()) if axis is None else scale
     return QuantParams(scale, np.zeros(scale.shape, quant_type.dtype), quant_type, axis=axis)

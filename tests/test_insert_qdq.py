@@ -99,6 +99,34 @@ def test_tensorrt_can_store_int8_weights_when_asked():
     assert "w" not in initializers(proto)
 
 
+LINEAR = {
+    "Conv": ("float[1,16,8,8]", "y = Conv<pads=[1,1,1,1]>(x, w, b)", (16, 16, 3, 3)),
+    "Gemm": ("float[16,16]", "y = Gemm<transB=1>(x, w, b)", (16, 16)),
+    "MatMul": ("float[16,16]", "m = MatMul(x, w) y = Add(b, m)", (16, 16)),
+}
+
+
+@pytest.mark.parametrize("largest_input", [3.0, 1e-30, 0.0])
+@pytest.mark.parametrize("op", LINEAR)
+def test_biases_far_above_their_products_are_added_all_the_same(op, largest_input):
+    """As behind a BatchNormalization that training has all but switched off: as integers they need over 32 bits."""
+    shape, text, weight_shape = LINEAR[op]
+    rng = np.random.default_rng(3)
+    weight = rng.normal(0, 0.2, weight_shape).astype(np.float32)
+    (weight if op != "MatMul" else weight.T)[2:5] *= np.float32(1e-12)
+    model = model_of(f'<ir_version: 8, opset_import: ["" : 17]> g ({shape} x) => ({shape} y) {{ {text} }}')
+    bias = rng.uniform(0.1, 1, 16).astype(np.float32)
+    model.graph.initializer.extend(numpy_helper.from_array(each, name) for name, each in (("w", weight), ("b", bias)))
+    dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    feed = {"x": rng.uniform(-largest_input, largest_input, dims).astype(np.float32)}
+    expected = open_session(model).run(feed)["y"]
+    bounds = ranges_of(x=(-largest_input, largest_input), y=(float(expected.min()), float(expected.max())))
+    proto, _ = quantized(model, ranges=bounds)
+    assert not {"Conv", "Gemm", "MatMul"} & set(optimized_ops(proto))
+    error = np.abs(open_session(proto).run(feed)["y"] - expected)
+    assert error.max() < 0.02 * np.abs(expected).max()
+
+
 def test_a_graph_output_keeps_its_name():
     proto, _ = quantized(model_of(CONV_RELU_CONV))
     assert [output.name for output in proto.graph.output] == ["y"]
