@@ -4,9 +4,9 @@
     python benchmarks/compare_methods.py [NAME ...] [--zoo models/zoo]
 
 Each model is calibrated once by `search`, the default, on one half of its feeds, with histograms; the ranges of the
-methods that it did not take are chosen from these. Scored on up to 32 feeds of the other half: SQNR of the worst
-output in dB, in the exact arithmetic that Q and DQ stand for, weights in 8 bits. `lost` is what the method that search
-took lacks to the best of them.
+single methods are chosen from these. Scored on up to 32 feeds of the other half: SQNR of the worst output in dB, in the
+exact arithmetic that Q and DQ stand for, weights in 8 bits. `exchanged` is how many tensors `search` gave the range of
+another method than the one it took, `lost` what it lacks to the best single method.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from zoo_table import ROOT, model_names, places
 import graphopt
 from graphopt.api import calibrate
 from graphopt.method_search import CANDIDATES
+from graphopt.ranges import Ranges
 from graphopt.targets import target_named
 from graphopt.thresholds import Method
 
@@ -31,15 +32,17 @@ SCORED = 32
 
 @dataclass(frozen=True)
 class Measured:
-    """SQNR in dB by method, and the method that search took; None where nothing is quantized."""
+    """SQNR in dB by method and of what search found, and what that is; nothing where nothing is quantized."""
 
     by_method: dict[Method, float]
-    taken: Method | None
+    searched: float = 0.0
+    taken: Method | None = None
+    exchanged: int = 0
 
     @property
     def lost(self) -> float:
-        """What the method taken lacks to the best one, in dB."""
-        return max(self.by_method.values()) - self.by_method[self.taken] if self.taken else 0.0
+        """What search lacks to the best single method, in dB."""
+        return max(self.by_method.values()) - self.searched if self.taken else 0.0
 
 
 def measure(name: str, zoo: Path, target: str) -> Measured:
@@ -47,23 +50,31 @@ def measure(name: str, zoo: Path, target: str) -> Measured:
     model, calibration, evaluation = places(name, zoo)
     kept, _ = calibrate(model, calibration, passes=PASSES, method=Method.SEARCH, target=target, histograms=True)
     if not kept.tensors:
-        return Measured({}, None)
-    found: dict[Method, float] = {}
-    for method in CANDIDATES:
-        ranges = kept.rechosen(method, percent=99.99, target=target_named(target))
+        return Measured({})
+    by_method = {method: kept.rechosen(method, percent=99.99, target=target_named(target)) for method in CANDIDATES}
+
+    def score(ranges: Ranges) -> float:
         passes = f"{PASSES},{TARGETS[target]}"
         quantized = graphopt.optimize(model, passes, ranges=ranges, target=target, verify=False)
         compared = graphopt.check(model, quantized.model, data=evaluation, samples=SCORED, exact=True)
-        found[method] = min(each.sqnr_db for each in compared.comparison.outputs if each.sqnr_db is not None)
-    return Measured(found, kept.method)
+        return min(each.sqnr_db for each in compared.comparison.outputs if each.sqnr_db is not None)
+
+    found = {method: score(ranges) for method, ranges in by_method.items()}
+    assert kept.method is not None
+    taken = by_method[kept.method].tensors
+    exchanged = sum(
+        (each.minimum, each.maximum) != (taken[name].minimum, taken[name].maximum)
+        for name, each in kept.tensors.items()
+    )
+    return Measured(found, score(kept), kept.method, exchanged)
 
 
 def line(name: str, target: str, found: Measured) -> str:
     """One row of the table."""
     if found.taken is None:
-        return f"| {name} | {target} | nothing is quantized |" + " |" * (len(CANDIDATES) + 1)
+        return f"| {name} | {target} | nothing is quantized |" + " |" * (len(CANDIDATES) + 3)
     values = " | ".join(f"{value:.1f}" for value in found.by_method.values())
-    return f"| {name} | {target} | {values} | {found.taken.value} | {found.lost:.1f} |"
+    return f"| {name} | {target} | {values} | {found.taken.value} | {found.exchanged} | {found.searched:.1f} | {found.lost:.1f} |"
 
 
 def main() -> int:
@@ -72,8 +83,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--zoo", type=Path, default=ROOT / "models" / "zoo")
     arguments = parser.parse_args()
-    print(f"| model | target | {' | '.join(method.value for method in CANDIDATES)} | search took | lost |")
-    print("|---|---|" + "---|" * (len(CANDIDATES) + 2))
+    print(
+        f"| model | target | {' | '.join(method.value for method in CANDIDATES)} | search took | exchanged | search | lost |"
+    )
+    print("|---|---|" + "---|" * (len(CANDIDATES) + 4))
     rows: list[Measured] = []
     for name in arguments.names or model_names(arguments.zoo):
         for target in TARGETS:
@@ -85,6 +98,7 @@ def main() -> int:
         near = sum(row.by_method[method] >= max(row.by_method.values()) - 0.3 for row in rows)
         average = sum(row.by_method[method] for row in rows) / max(1, len(rows))
         print(f"{method.value} in {near}, on average {average:.1f} dB")
+    print(f"search on average {sum(row.searched for row in rows) / max(1, len(rows)):.1f} dB")
     return 0
 
 

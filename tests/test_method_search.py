@@ -23,6 +23,13 @@ NET = """
     <float[4, 4] w = {1, 0, 1, 0,  0, 1, 0, 1,  1, 1, 0, 0,  0, 0, 1, 1}, float[4, 2] v = {1, 0, 0, 1, 1, 1, 0, 1}>
     { hidden = MatMul (x, w)  positive = Relu (hidden)  y = MatMul (positive, v) }
 """
+TWO_PATHS = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 4] x, float[N, 4] z) => (float[N, 4] y, float[N, 4] u)
+    <float[4, 4] w = {1, 0, 1, 0,  0, 1, 0, 1,  1, 1, 0, 0,  0, 0, 1, 1}, float low = {-2}, float high = {2}>
+    { y = MatMul (x, w)  product = MatMul (z, w)  u = Clip (product, low, high) }
+"""
+"""Outliers of x are most of y, and those of z are cut off in u."""
 WHOLE_NUMBERS = NET.replace("(float[N, 2] y)", "(int64[N] y)").replace(
     "y = MatMul (positive, v)", "scores = MatMul (positive, v)  y = ArgMax <axis = 1, keepdims = 0> (scores)"
 )
@@ -69,7 +76,7 @@ def test_no_other_method_brings_the_outputs_closer(outliers, target):
 @pytest.mark.parametrize("others", [0.5, math.nan])
 def test_takes_whichever_has_the_least_error(best, others, monkeypatch):
     errors = iter([0.25 if method is best else others for method in CANDIDATES])
-    monkeypatch.setattr(method_search, "noise_to_signal", lambda *_: next(errors))
+    monkeypatch.setattr(method_search, "noise_to_signal", lambda *_: next(errors, 1.0))
     assert calibrated(feeds_with(3))[0].method is best
 
 
@@ -85,6 +92,40 @@ def test_the_ranges_are_those_of_the_method_that_it_names():
     assert ranges.to_text() == asked.to_text()
     assert result.notes[-1].startswith(f"search took {ranges.method.value}: SQNR of the outputs, quantized by mse ")
     assert all(method.value in result.notes[-1] for method in CANDIDATES)
+
+
+def outlying_on_both_paths():
+    return [{"x": one["x"], "z": other["x"]} for one, other in zip(feeds_with(99), feeds_with(98), strict=True)]
+
+
+def test_tensors_that_want_different_methods_get_them():
+    ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS)
+    assert ranges.tensors["x"].maximum > 10 * ranges.tensors["z"].maximum
+    assert (ranges.tensors["x"].method, ranges.tensors["z"].method) == ("minmax", ranges.method.value)
+    assert "with the ranges of other methods for 1 tensors" in result.notes[-1]
+
+
+def test_gains_that_may_be_chance_are_none():
+    before = [1.0] * 8
+    assert method_search._if_smaller(iter([0.9, 0.91, 0.89, 0.9, 0.92, 0.88, 0.9, 0.9]), before) is not None
+    assert method_search._if_smaller(iter([0.1, 1.2, 0.9, 1.1, 0.2, 1.1, 0.8, 1.0]), before) is None
+
+
+@pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
+def test_errors_that_do_not_compare_are_no_gain(error):
+    assert method_search._if_smaller(iter([0.5, error, 0.5, 0.5]), [1.0] * 4) is None
+
+
+def test_a_range_without_gain_is_given_up_early():
+    read = iter([1.0] * 8)
+    assert method_search._if_smaller(read, [1.0] * 8) is None
+    assert len(list(read)) == 4
+
+
+def test_few_samples_leave_the_ranges_of_one_method():
+    ranges, result = calibrated(outlying_on_both_paths()[:3], text=TWO_PATHS)
+    assert {found.method for found in ranges.tensors.values()} == {ranges.method.value}
+    assert "search took" in result.notes[-1]
 
 
 def test_histograms_stay_where_they_are_asked_for():
