@@ -74,7 +74,8 @@ def line(name: str, target: str, found: Measured) -> str:
     if found.taken is None:
         return f"| {name} | {target} | nothing is quantized |" + " |" * (len(CANDIDATES) + 3)
     values = " | ".join(f"{value:.1f}" for value in found.by_method.values())
-    return f"| {name} | {target} | {values} | {found.taken.value} | {found.exchanged} | {found.searched:.1f} | {found.lost:.1f} |"
+    searched = f"{found.taken.value} | {found.exchanged} | {found.searched:.1f} | {found.lost:.1f}"
+    return f"| {name} | {target} | {values} | {searched} |"
 
 
 def main() -> int:
@@ -83,9 +84,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--zoo", type=Path, default=ROOT / "models" / "zoo")
     arguments = parser.parse_args()
-    print(
-        f"| model | target | {' | '.join(method.value for method in CANDIDATES)} | search took | exchanged | search | lost |"
-    )
+    methods = " | ".join(method.value for method in CANDIDATES)
+    print(f"| model | target | {methods} | search took | exchanged | search | lost |")
     print("|---|---|" + "---|" * (len(CANDIDATES) + 4))
     rows: list[Measured] = []
     for name in arguments.names or model_names(arguments.zoo):
