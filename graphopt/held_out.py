@@ -79,10 +79,19 @@ def noise_to_signal(reference: Runs, session: Session, samples: Samples) -> floa
         DataError: a sample does not fit.
         ModelError: the models have other outputs, or fail on a sample.
     """
+    errors = noise_by_output(reference, session, samples)
+    return sum(errors) / len(errors) if errors else math.nan
+
+
+def noise_by_output(reference: Runs, session: Session, samples: Samples) -> list[float]:
+    """What `noise_to_signal` averages: one value for each output that can be compared.
+
+    Raises:
+        DataError, ModelError: as `noise_to_signal`.
+    """
     outputs = compare_sessions(reference, session, samples).outputs
     errors = [10 ** (-each.sqnr_db / 10) for each in outputs if each.is_float]
-    errors = errors or [1 - each.agreement for each in outputs if each.agreement is not None]
-    return float(sum(errors) / len(errors)) if errors else math.nan
+    return errors or [1 - each.agreement for each in outputs if each.agreement is not None]
 
 
 def percent(error: float) -> str:

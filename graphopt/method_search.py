@@ -11,17 +11,17 @@ of the errors) is none, for outputs of a few numbers round one way on these samp
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import fmean, stdev
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
 from graphopt.feeds import Feed, Samples
 from graphopt.graph_copy import copy_graph
-from graphopt.held_out import decibels, noise_to_signal
+from graphopt.held_out import decibels, noise_by_output, noise_to_signal
 from graphopt.model_io import Model
 from graphopt.pass_base import Context, Pass
 from graphopt.progress import track
@@ -115,20 +115,21 @@ class _Comparing:
 
     def error(self, ranges: Ranges) -> float:
         """`noise_to_signal` on all feeds."""
-        return self._on(self._session(ranges), self.feeds)
+        return noise_to_signal(self._reference, self._session(ranges), self._samples(self.feeds))
 
-    def errors(self, ranges: Ranges) -> Iterator[float]:
-        """`noise_to_signal` on each of the feeds that exchanges are tried on."""
+    def errors(self, ranges: Ranges) -> Iterator[list[float]]:
+        """`noise_by_output` on each of the feeds that exchanges are tried on."""
         session = self._session(ranges)
-        return (self._on(session, [feed]) for feed in self.feeds[:_TRIED_ON])
+        for feed in self.feeds[:_TRIED_ON]:
+            yield noise_by_output(self._reference, session, self._samples([feed]))
 
     def _session(self, ranges: Ranges) -> Session:
         context, copy = self._context, copy_graph(self._graph)
         self._quantize.apply(copy, Context(target=context.target, frame=context.frame, ranges=ranges))
         return open_session(Model(copy, context.frame), exact=not context.target.runs_here)
 
-    def _on(self, session: Session, feeds: Sequence[Feed]) -> float:
-        return noise_to_signal(self._reference, session, Samples(lambda: iter(feeds), self._source, len(feeds)))
+    def _samples(self, feeds: Sequence[Feed]) -> Samples:
+        return Samples(lambda: iter(feeds), self._source, len(feeds))
 
 
 def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Context) -> Ranges:
@@ -138,7 +139,7 @@ def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Cont
     if not tried or len(comparing.feeds) < _GIVEN_UP_AFTER:
         return current
     errors = list(comparing.errors(current))
-    if not all(0 < error < math.inf for error in errors):
+    if not all(map(_compares, errors)):
         return current
     for name, other in track(tried, context.progress, "exchanging ranges", len(tried)):
         trial = replace(current, tensors={**current.tensors, name: other})
@@ -170,19 +171,26 @@ def _difference(one: TensorRange, other: TensorRange) -> float:
     return (abs(one.minimum - other.minimum) + abs(one.maximum - other.maximum)) / largest if largest else 0.0
 
 
-def _if_smaller(found: Iterator[float], errors: Sequence[float]) -> list[float] | None:
-    """The errors found, where they are surely smaller than `errors` sample by sample; read no further than needed."""
-    smaller: list[float] = []
+def _if_smaller(found: Iterator[list[float]], errors: Sequence[list[float]]) -> list[list[float]] | None:
+    """The errors found, where they are surely smaller than `errors` sample by sample; read no further than needed.
+
+    The gain on a sample is the mean logarithm over its outputs: each counts alike, whatever its error is.
+    """
+    smaller: list[list[float]] = []
     gains: list[float] = []
-    for error, before in zip(found, errors, strict=True):
-        if not 0 < error < math.inf:
+    for after, before in zip(found, errors, strict=True):
+        if not _compares(after):
             return None
-        smaller.append(error)
-        gains.append(math.log(before / error))
-        if len(gains) >= _GIVEN_UP_AFTER and statistics.fmean(gains) < _LEAST_GAIN:
+        smaller.append(after)
+        gains.append(fmean(math.log(old / new) for old, new in zip(before, after, strict=True)))
+        if len(gains) >= _GIVEN_UP_AFTER and fmean(gains) < _LEAST_GAIN:
             return None
-    spread = statistics.stdev(gains) / math.sqrt(len(gains))
-    return smaller if statistics.fmean(gains) >= _LEAST_T * spread else None
+    return smaller if fmean(gains) >= _LEAST_T * stdev(gains) / math.sqrt(len(gains)) else None
+
+
+def _compares(errors: Sequence[float]) -> bool:
+    """Whether there are errors, and logarithms of them."""
+    return bool(errors) and all(0 < error < math.inf for error in errors)
 
 
 class _Once:

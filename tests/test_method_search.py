@@ -106,19 +106,25 @@ def test_tensors_that_want_different_methods_get_them():
 
 
 def test_gains_that_may_be_chance_are_none():
-    before = [1.0] * 8
-    assert method_search._if_smaller(iter([0.9, 0.91, 0.89, 0.9, 0.92, 0.88, 0.9, 0.9]), before) is not None
-    assert method_search._if_smaller(iter([0.1, 1.2, 0.9, 1.1, 0.2, 1.1, 0.8, 1.0]), before) is None
+    before = [[1.0]] * 8
+    sure, lucky = [0.9, 0.91, 0.89, 0.9, 0.92, 0.88, 0.9, 0.9], [0.1, 1.2, 0.9, 1.1, 0.2, 1.1, 0.8, 1.0]
+    assert method_search._if_smaller(([error] for error in sure), before) is not None
+    assert method_search._if_smaller(([error] for error in lucky), before) is None
+
+
+def test_outputs_count_alike_whatever_their_errors():
+    before, others_lose = [[1.0, 1e-3, 1e-3]] * 4, [[0.8, 1.2e-3, 1.2e-3]] * 4
+    assert method_search._if_smaller(iter(others_lose), before) is None
 
 
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
 def test_errors_that_do_not_compare_are_no_gain(error):
-    assert method_search._if_smaller(iter([0.5, error, 0.5, 0.5]), [1.0] * 4) is None
+    assert method_search._if_smaller(iter([[0.5], [error], [0.5], [0.5]]), [[1.0]] * 4) is None
 
 
 def test_a_range_without_gain_is_given_up_early():
-    read = iter([1.0] * 8)
-    assert method_search._if_smaller(read, [1.0] * 8) is None
+    read = iter([[1.0]] * 8)
+    assert method_search._if_smaller(read, [[1.0]] * 8) is None
     assert len(list(read)) == 4
 
 
