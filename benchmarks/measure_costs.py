@@ -4,14 +4,17 @@
 
 A chain of 1x1 Convs, with the operator behind each of them and without, in float and in int8: so the operator reads
 and writes the layout that its neighbours like, and what is fused into them counts. The four models take turns. The
-table has the time of one operator in float and in int8.
+table has the time of one operator in float and in int8; Tanh, which stays float, costs a DQ and a Q more, with the
+change of layout at each. A second table has matrix products: a chain of Gemms beside one of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from graphopt.model_io import load_model
 from graphopt.runtime import measure_latency, open_session
 
 SIZES = ((8, 24, 96), (32, 12, 48), (32, 56, 56), (96, 3, 96), (128, 14, 14), (200, 2, 96), (256, 28, 28))  # [C, H, W]
+MATRICES = ((1, 64), (1, 256), (1, 1024), (16, 64), (16, 256), (128, 256), (128, 768))  # [rows, features]
 LENGTH = 8
 
 
@@ -50,6 +54,7 @@ KINDS = (
     Kind("AveragePool 3x3", "AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
     Kind("LeakyRelu", "LeakyRelu", {}),
     Kind("Sigmoid", "Sigmoid", {}),
+    Kind("Tanh, in float", "Tanh", {}),
 )
 
 
@@ -58,21 +63,62 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each operator and size")
     arguments = parser.parse_args()
-    sizes = " | ".join(f"{channels} x {height} x {width}" for channels, height, width in SIZES)
-    print(f"| operator, us in float → int8 | {sizes} |")
-    print("|---|" + "---|" * len(SIZES))
+    print_head(SIZES)
     for kind in KINDS:
-        cells = []
-        for shape in SIZES:
-            feed = {"x": np.random.default_rng(1).standard_normal((1, *shape)).astype(np.float32)}
-            plain, long = network(None, shape), network(kind, shape)
-            models = [plain, long, quantized(plain, feed), quantized(long, feed)]
-            sessions = [open_session(load_model(model), threads=2) for model in models]
-            old_without, old, new_without, new = measure_latency(sessions, feed, seconds=arguments.seconds)
-            old, new = (old - old_without) / LENGTH, (new - new_without) / LENGTH
-            cells.append(f"{old * 1e6:.1f} → {new * 1e6:.1f}")
+        feeds = [{"x": values((1, *shape))} for shape in SIZES]
+        cells = [
+            compared([network(None, shape), network(kind, shape)], feed, arguments.seconds)
+            for shape, feed in zip(SIZES, feeds, strict=True)
+        ]
         print(f"| {kind.label} | " + " | ".join(cells) + " |", flush=True)
+    print()
+    print_head(MATRICES)
+    cells = [
+        compared([products(1, *shape), products(1 + LENGTH, *shape)], {"x": values(shape)}, arguments.seconds)
+        for shape in MATRICES
+    ]
+    print("| Gemm | " + " | ".join(cells) + " |")
     return 0
+
+
+def print_head(sizes: Sequence[tuple[int, ...]]) -> None:
+    """The first lines of a table."""
+    print("| operator, us in float → int8 | " + " | ".join(" x ".join(map(str, size)) for size in sizes) + " |")
+    print("|---|" + "---|" * len(sizes))
+
+
+def values(shape: tuple[int, ...]) -> Any:
+    """Seeded noise."""
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+def compared(models: list[onnx.ModelProto], feed: dict[str, Any], seconds: float) -> str:
+    """How long what the second of two models has more takes, an operator, in float and in int8."""
+    sessions = [
+        open_session(load_model(each), threads=2) for each in [*models, *(quantized(one, feed) for one in models)]
+    ]
+    old_without, old, new_without, new = measure_latency(sessions, feed, seconds=seconds)
+    old, new = (old - old_without) / LENGTH, (new - new_without) / LENGTH
+    return f"{old * 1e6:.1f} → {new * 1e6:.1f}"
+
+
+def products(length: int, rows: int, features: int) -> onnx.ModelProto:
+    """A chain of Gemms, each with a Relu behind it."""
+    names = ["x", *(f"y_{number}" for number in range(length))]
+    nodes = []
+    for number, (before, after) in enumerate(pairwise(names)):
+        nodes += [
+            helper.make_node("Gemm", [before, f"w_{number}"], [f"gemm_{number}"], f"gemm_{number}"),
+            helper.make_node("Relu", [f"gemm_{number}"], [after]),
+        ]
+    weights = [
+        numpy_helper.from_array(values((features, features)) / np.sqrt(features).astype(np.float32), f"w_{number}")
+        for number in range(length)
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, features])
+    y = helper.make_tensor_value_info(names[-1], TensorProto.FLOAT, [rows, features])
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -94,13 +140,13 @@ def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
             conv = f"middle_{number}"
             nodes.append(helper.make_node(kind.op, inputs, [conv], conv, **attributes))
         previous = conv
-    values = [
+    constants = [
         numpy_helper.from_array((random.standard_normal(size) / np.sqrt(np.prod(size[1:]))).astype(np.float32), name)
         for name, size in weights.items()
     ]
     image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, *shape])
     output = helper.make_tensor_value_info(previous, TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "g", [image], [output], values)
+    graph = helper.make_graph(nodes, "g", [image], [output], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 

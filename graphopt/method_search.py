@@ -35,9 +35,10 @@ CANDIDATES = (Method.MSE, Method.AUTO, Method.MINMAX, Method.PERCENTILE, Method.
 SAMPLES = 32
 """At most so many, that models are compared on."""
 
-EXCHANGES = 16
+EXCHANGES = 64
 """At most so many times a tensor is given another range."""
 
+_FUTILE = 20  # tries in a row that bring nothing end the rest
 _TRIED_ON = 16  # samples at most
 _GIVEN_UP_AFTER = 4  # samples, where they show no gain
 _LEAST_GAIN = 0.01  # of the logarithm of the error
@@ -141,11 +142,13 @@ def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Cont
     errors = list(comparing.errors(current))
     if not all(map(_compares, errors)):
         return current
+    in_vain = 0
     for name, other in track(tried, context.progress, "exchanging ranges", len(tried)):
         trial = replace(current, tensors={**current.tensors, name: other})
-        found = _if_smaller(comparing.errors(trial), errors)
-        if found is not None:
-            current, errors = trial, found
+        if (found := _if_smaller(comparing.errors(trial), errors)) is not None:
+            current, errors, in_vain = trial, found, 0
+        elif (in_vain := in_vain + 1) == _FUTILE:
+            break
     return current
 
 

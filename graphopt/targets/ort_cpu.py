@@ -47,12 +47,14 @@ _RULES = {
     **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace"), _COMMUTES),
 }
 
-# One operator at a time, two threads, AVX-512 with VNNI. Between float tensors: Conv of 0.6 and 7.2 M MACs saves 4 and
-# 80 us, Gemm of 0.2 and 1 M MACs 4 and 28 us beyond its conversions; a Q or DQ of a small tensor costs 1 us, a large
-# one and its Transpose 0.2 to 0.3 ns an element. In a chain of Convs (benchmarks/measure_costs.py): depthwise Convs of
-# 32 x 12 x 48 and 200 x 2 x 96 values lose 6 and 22 us with 3x3 kernels, 14 and 54 us with 5x5.
+# Two threads, AVX-512 with VNNI: what int8 saves at most, for operators stay float only where it surely does not
+# pay. In a chain of Convs (benchmarks/measure_costs.py) dense ones of 16 channels and more save 0.003 ns a MAC,
+# those of 8 up to 0.13; one row times 1 M weights saves 22 us, smaller products little. Depthwise Convs lose up to
+# 0.02 ns a MAC where the tensor is large, and gain as much where it is small. A Q or DQ costs 2 to 5 us for 18,000
+# values, 14 to 17 for 100,000, 27 to 33 for 200,000; what the float operators behind it lose to another layout comes
+# on top.
 _COSTS = Costs(
-    saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.04, "Gemm": 0.035, "MatMul": 0.035},
+    saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.01, "Gemm": 0.035, "MatMul": 0.035},
     border_ns=1000,
     border_ns_per_element=0.25,
 )
