@@ -21,11 +21,13 @@ import networkx as nx
 import onnx_graphsurgeon as gs
 
 from graphopt.conv_kernels import is_depthwise
-from graphopt.graph import all_graphs, producer
+from graphopt.graph import all_graphs, is_constant, producer
 from graphopt.macs import count_macs
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
-from graphopt.targets import DEPTHWISE, Costs
+from graphopt.targets import DEPTHWISE, FEW_ROWS, Costs
+
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _too_small_in(placement: Placement, sized: gs.Graph, costs: Costs) -> dict[i
         if len(known) < len(island.borders) or not any(counted):
             continue
         savings = [
-            count * costs.saved_ns_per_mac.get(DEPTHWISE if is_depthwise(node) else node.op, 0.0)
+            count * costs.saved_ns_per_mac.get(_kind(node, count), 0.0)
             for node, count in zip(island.nodes, counted, strict=True)
         ]
         saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
@@ -115,3 +117,13 @@ def _too_small_in(placement: Placement, sized: gs.Graph, costs: Costs) -> dict[i
             )
             reasons |= {id(node): reason for node in island.nodes}
     return reasons
+
+
+def _kind(node: gs.Node, macs: int) -> str:
+    """What an operator is called in a table of costs."""
+    op: str = node.op
+    if is_depthwise(node):
+        return DEPTHWISE
+    if op in ("Gemm", "MatMul") and is_constant(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
+        return FEW_ROWS
+    return op

@@ -6,7 +6,7 @@ One propagation, driven by the target's table:
 2. forward, in topological order: an operator that joins or commutes *can* run in int8 when one of its inputs is
    available in int8;
 3. backward: of those, the ones stay whose result an int8 operator reads; the others would pay for a Q/DQ pair that
-   saves nothing;
+   saves nothing (except where the float kernel is so much slower that it does: `Rule.joins_last`);
 4. the inputs of what stays, and its outputs where the target fuses operators with the Q behind them, carry quantizers.
    An activation function that the Q makes redundant is absorbed: the Q stands behind it.
 
@@ -258,7 +258,7 @@ class _Placing:
                 candidates.append(node)
                 available.update(id(tensor) for tensor in self._results(node))
         for node in reversed(candidates):
-            if any(self._int8_reads(tensor) for tensor in self._results(node)):
+            if self._rule_of(node).joins_last or any(self._int8_reads(tensor) for tensor in self._results(node)):
                 self.kept[id(node)] = node
 
     def _can_join(self, node: gs.Node, rule: Rule, available: set[int]) -> bool:

@@ -133,7 +133,9 @@ class Calibrate(Pass):
             parts={"tensors": len(ranges.tensors), **_chosen(ranges)},
             skipped=(*observation.skipped, *without_channels),
             notes=notes,
-            warnings=() if samples.synthetic else (*input_warnings(original, samples), *checks.warnings()),
+            warnings=()
+            if samples.synthetic
+            else (*input_warnings(original, samples), *checks.warnings(), *_constant_tensors(ranges)),
         )
 
     def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:
@@ -180,6 +182,17 @@ class Calibrate(Pass):
             {name: seen for name, seen in found.items() if not seen.varies},
             tuple(Skip(name, reason) for name in varying),
         )
+
+
+def _constant_tensors(ranges: Ranges) -> tuple[str, ...]:
+    """A warning of tensors that had one value in all samples."""
+    names = [name for name, found in ranges.tensors.items() if found.observed_minimum == found.observed_maximum]
+    if not names:
+        return ()
+    if len(names) == 1:
+        return (f"{names[0]} has one value in all samples: its range is a guess; add samples in which it varies",)
+    what = f"{len(names)} tensors (first: {names[0]})"
+    return (f"{what} have one value in all samples: their ranges are guesses; add samples in which they vary",)
 
 
 def _chosen(ranges: Ranges) -> Counter[str]:

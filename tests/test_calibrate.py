@@ -140,6 +140,16 @@ def test_few_samples_are_noted_and_enough_are_not():
     assert Calibrate().apply(graph_of(), context_with(many_rows()[:32])).warnings == ()
 
 
+def test_tensors_that_have_one_value_in_all_samples_are_named():
+    rows = many_rows()[:32] * [-1, 1]
+    rows[:, 0], rows[:, 1] = -abs(rows[:, 0]), abs(rows[:, 1])  # nothing passes the Relu
+    (warning,) = Calibrate().apply(graph_of(), context_with(rows, target="ort-cpu")).warnings
+    assert warning == (
+        "2 tensors (first: positive) have one value in all samples: their ranges are guesses; "
+        "add samples in which they vary"
+    )
+
+
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(DataError, match=r"input x has NaN in sample 1 \(counted from 0\)"):
         Calibrate().apply(graph_of(), context_with([[0, 1], [np.nan, 1]], target="ort-cpu"))

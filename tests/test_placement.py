@@ -90,6 +90,13 @@ def test_an_operator_that_no_int8_operator_reads_stays_float():
     assert operators(place(graph, ORT_CPU)) == ["Conv"]
 
 
+@pytest.mark.parametrize(("op", "joins"), [("LeakyRelu", True), ("Sigmoid", False)])
+def test_ort_runs_a_last_operator_in_int8_where_its_float_kernel_is_slow(op, joins):
+    placement = place(graph_of(f"c = {CONV}(x, w, b) s = {op}(c) y = Tanh(s)"), ORT_CPU)
+    assert operators(placement) == (["Conv", op] if joins else ["Conv"])
+    assert quantized(placement) == ({"x", "c", "s"} if joins else {"x", "c"})
+
+
 def test_an_operator_that_only_moves_values_shares_the_range_of_its_input():
     graph = graph_of(
         f"c = {CONV}(x, w, b) r = Relu(c) p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r) y = {CONV}(p, w, b)",

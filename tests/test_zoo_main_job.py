@@ -27,7 +27,7 @@ from graphopt.runtime import open_session
 pytestmark = pytest.mark.zoo
 
 PIPELINE = "fold,calibrate,qdq"
-OF_ONE_ROW = ("oww_hey_jarvis", "tensorrt")  # all its products are of vectors, which stay float there
+OF_ONE_ROW = "oww_hey_jarvis"  # all its products are of vectors, so short ones that they stay float
 CALIBRATED_ON, SCORED_ON = 8, 4  # samples
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -119,7 +119,7 @@ def test_every_model_is_quantized_and_stays_close(name, target, run):
     qdq = done.report["passes"][-1]
     assert unquantized(done) <= {skip["where"] for skip in qdq["skipped"]}
     sqnr = sqnr_on_other_samples(name, done)
-    assert (qdq["rewrites"] > 0) == ((name, target) != OF_ONE_ROW)
+    assert (qdq["rewrites"] > 0) == (name != OF_ONE_ROW)
     assert sqnr >= FLOORS[name][target == "tensorrt"]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from graphopt.quantization import INT8, INT8_WEIGHT, INT16, UINT4_WEIGHT, UINT8, UINT16
 from graphopt.targets.ort_rules import ORT_ARM_RULES, ORT_X86_RULES, figures, sums_do_not_saturate
-from graphopt.targets.target import DEPTHWISE, Blocks, Costs, Role, Rule, Target
+from graphopt.targets.target import DEPTHWISE, FEW_ROWS, Blocks, Costs, Role, Rule, Target
 
 _JOINS = Rule(role=Role.JOINS)
 _JOINS_WITH_ALL_INPUTS = Rule(role=Role.JOINS, inputs=None)
@@ -39,7 +39,8 @@ _RULES = {
     "Mul": _JOINS_WITH_ALL_INPUTS,
     "Concat": _JOINS_WITH_ALL_INPUTS,
     "Where": Rule(role=Role.JOINS, inputs=(1, 2)),
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"), _JOINS),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "Sigmoid", "Softmax"), _JOINS),
+    "LeakyRelu": Rule(role=Role.JOINS, joins_last=True),  # behind a Conv of waifu2x 486 us in float and 85 in int8
     **dict.fromkeys(_HARD_ACTIVATIONS, _JOINS),
     "Pad": Rule(role=Role.COMMUTES, on_integers=True, filled_from=2),
     "Resize": Rule(role=Role.COMMUTES, attributes={"mode": "nearest"}),
@@ -49,12 +50,13 @@ _RULES = {
 
 # Two threads, AVX-512 with VNNI: what int8 saves at most, for operators stay float only where it surely does not
 # pay. In a chain of Convs (benchmarks/measure_costs.py) dense ones of 16 channels and more save 0.003 ns a MAC,
-# those of 8 up to 0.13; one row times 1 M weights saves 22 us, smaller products little. Depthwise Convs lose up to
-# 0.02 ns a MAC where the tensor is large, and gain as much where it is small. A Q or DQ costs 2 to 5 us for 18,000
+# those of 8 up to 0.13. Depthwise Convs lose up to 0.02 ns a MAC where the tensor is large, and gain as much where
+# it is small. Between float operators one row times 0.2 and 0.26 M weights loses 1 and 2 us, 0.6 M save 2 us and 1
+# M, which are not in the cache, 26; 16 rows times 16,000 weights lose 2 us. A Q or DQ costs 2 to 5 us for 18,000
 # values, 14 to 17 for 100,000, 27 to 33 for 200,000; what the float operators behind it lose to another layout comes
 # on top.
 _COSTS = Costs(
-    saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.01, "Gemm": 0.035, "MatMul": 0.035},
+    saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.01, FEW_ROWS: 0.008, "Gemm": 0.035, "MatMul": 0.035},
     border_ns=1000,
     border_ns_per_element=0.25,
 )

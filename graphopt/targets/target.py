@@ -47,6 +47,8 @@ class Rule:
             for them but does not fuse the operator with pairs around it.
         filled_from: of such an operator, the input with a value for new elements; it must be 0, for which the zero
             point stands.
+        joins_last: an operator that joins does so where only float operators read its result too: its float kernel
+            takes longer by more than that is worth.
     """
 
     role: Role
@@ -64,6 +66,7 @@ class Rule:
     counts_groups_alone: bool = False
     on_integers: bool = False
     filled_from: int | None = None
+    joins_last: bool = False
 
     def why_not(self, op: str, attributes: Mapping[str, object]) -> str | None:
         """Why no int8 kernel takes an operator with these attributes; None where one does."""
@@ -73,7 +76,7 @@ class Rule:
         return f"int8 kernels of {op} need {needed}"
 
 
-DEPTHWISE = "depthwise Conv"
+DEPTHWISE, FEW_ROWS = "depthwise Conv", "product of few rows"
 """Beside operator types, in `Costs.saved_ns_per_mac`."""
 
 
@@ -83,7 +86,8 @@ class Costs:
 
     Attributes:
         saved_ns_per_mac: by operator type, for sums over many channels; depthwise Convs are a kind of their own
-            (`DEPTHWISE`). Negative where int8 is slower.
+            (`DEPTHWISE`), and so are products of at most 16 rows by a constant (`FEW_ROWS`), where little is done with
+            each weight that is read. Negative where int8 is slower.
         border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
         border_ns_per_element: of the tensor there.
     """
