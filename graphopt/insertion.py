@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -155,10 +155,14 @@ class _Insertion:
         stored, output = self.stored[id(value)], self.stored[id(result)]
         quantize = producer(output)
         assert quantize is not None
-        zero_point = quantize.inputs[2]
+        constants = quantize.inputs[1:]
+        zero_point = constants[1]
         disconnect(quantize)
         self.replaced.add(id(quantize))
         set_output(node, 0, output)
+        if node.op == "PRelu":
+            self._take_larger(node, constants)
+            return
         set_input(node, 0, stored)
         if (border := _border(node, value)) is not None:
             self._concatenate(node, border, zero_point)
@@ -166,6 +170,23 @@ class _Insertion:
             set_input(node, 2, zero_point)
         elif node.attrs.get("mode", "constant") == "constant":
             node.inputs.append(zero_point)
+
+    def _take_larger(self, node: gs.Node, constants: Sequence[gs.Tensor]) -> None:
+        """Make a PRelu the larger one of x and slope * x, which it is where no slope is above 1.
+
+        Both are quantized like the result, x by a LeakyRelu that leaves it as it is: a table of 256 entries.
+        """
+        value, slope = node.inputs
+        operands: tuple[tuple[str, list[gs.Tensor], dict[str, Any]], ...]
+        operands = ("LeakyRelu", [value], {"alpha": 1.0}), ("Mul", [value, slope], {})
+        for index, (op, inputs, attributes) in enumerate(operands):
+            (output,) = node.outputs
+            real = gs.Variable(self.names.fresh(f"{output.name}_{op}"), np.dtype(np.float32), output.shape)
+            integers = gs.Variable(self.names.fresh(f"{real.name}_quantized"), output.dtype, output.shape)
+            self._add(op, real, inputs, real, attributes)
+            self._add("QuantizeLinear", real, [real, *constants], integers, {})
+            set_input(node, index, integers)
+        node.op = "Max"
 
     def _concatenate(self, node: gs.Node, border: _Border, zero_point: gs.Constant) -> None:
         """Make a Pad along one axis a Concat with what it adds: onnxruntime copies larger pieces then."""
@@ -266,7 +287,7 @@ class _Insertion:
         return [scale, zero_point]
 
     def _add(
-        self, op: str, about: gs.Tensor, inputs: list[gs.Tensor], output: gs.Tensor, attributes: dict[str, int]
+        self, op: str, about: gs.Tensor, inputs: list[gs.Tensor], output: gs.Tensor, attributes: dict[str, Any]
     ) -> None:
         name = self.names.fresh(f"{about.name}_{op}")
         self.new_nodes.append(gs.Node(op, name, attributes, inputs, [output]))

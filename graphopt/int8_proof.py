@@ -28,8 +28,8 @@ _INT8_KERNELS = (
     *("DynamicQuantizeMatMul", "DynamicQuantizeLSTM"),
 )
 _MOVES = MOVING | {
-    *("Concat", "DepthToSpace", "MaxPool", "Pad", "ReduceMax", "ReduceMin", "Relu", "Resize", "SpaceToDepth", "Split"),
-    "Where",
+    *("Concat", "DepthToSpace", "Max", "MaxPool", "Min", "Pad", "ReduceMax", "ReduceMin", "Relu", "Resize"),
+    *("SpaceToDepth", "Split", "Where"),
 }
 
 

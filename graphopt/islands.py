@@ -1,24 +1,27 @@
-"""Int8 islands: operators that hand integers to each other, and whether an island is worth its conversions.
+"""Int8 islands: operators that hand integers to each other, and which of them are worth their conversions.
 
-Between an island and the float graph around it stand a Q or a DQ, in onnxruntime also a change of layout. What an
-island saves must pay for them:
+Between an island and the float graph around it stand a Q or a DQ, in onnxruntime also a change of layout. What its
+operators save must pay for them:
 
-    saved = sum over its operators of MACs * saving per MAC
+    saved = sum over its operators of MACs * saving per MAC, or of values * saving per value
     spent = sum over its borders of a fixed cost + elements * cost per element
 
 with the costs of the target's table, measured there one kind of operator at a time; int8 kernels that are slower than
-float ones save less than nothing. An estimate is only asked which islands surely do not pay; `qdq:autotune=true`
-measures (`graphopt.autotune`).
+float ones save less than nothing. Those operators stay float without which saved - spent is largest: none, all, or some
+at an edge. That is a minimum cut (Ford and Fulkerson 1956): an operator on the wrong side of it costs what it would
+have saved there, and a tensor that crosses it its conversion. An estimate is only asked what surely does not pay;
+`qdq:autotune=true` measures (`graphopt.autotune`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import onnx_graphsurgeon as gs
+from networkx.algorithms.flow import boykov_kolmogorov
 
 from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import all_graphs, is_constant, producer
@@ -28,6 +31,7 @@ from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
 from graphopt.targets import DEPTHWISE, FEW_ROWS, Costs
 
 _FEW_ROWS = 16
+_INT8, _FLOAT = "int8", "float"  # the two sides of the cut
 
 
 @dataclass(frozen=True)
@@ -37,48 +41,83 @@ class Island:
     Attributes:
         nodes: the operators, in the graph's order.
         borders: the tensors that are quantized on the way in, and those that are dequantized on the way out.
+        links: all quantized tensors of the operators.
     """
 
     nodes: tuple[gs.Node, ...]
     borders: tuple[gs.Tensor, ...]
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A quantized tensor between operators of an island.
+
+    Attributes:
+        tensor: the one that carries the pair.
+        computed_by: the operator; None: it comes from the float graph.
+        users: operators that read its integers.
+        is_read_in_float: others read it too.
+    """
+
+    tensor: gs.Tensor
+    computed_by: gs.Node | None
+    users: tuple[gs.Node, ...]
+    is_read_in_float: bool
+
+    @property
+    def members(self) -> tuple[gs.Node, ...]:
+        """All operators of the island that the tensor links."""
+        return self.users if self.computed_by is None else (self.computed_by, *self.users)
+
+    def is_converted(self, int8: Collection[int]) -> bool:
+        """Whether a Q or a DQ stands there, if the operators with these ids are those in int8."""
+        used = [id(user) in int8 for user in self.users]
+        if self.computed_by is None or id(self.computed_by) not in int8:
+            return any(used)
+        return self.is_read_in_float or not all(used)
 
 
 def islands_of(placement: Placement) -> list[Island]:
     """The islands of a placement, in the order of their first operators."""
-    graph = placement.graph
     kept = {id(node): node for node in placement.nodes}
+    links = list(_links(placement, kept))
     joined = nx.Graph()
     joined.add_nodes_from(kept)
-    borders: dict[int, list[gs.Tensor]] = {key: [] for key in kept}
-    outputs = {id(tensor) for tensor in graph.outputs}
-    for name, activation in placement.activations.items():
-        tensor = activation.tensor
-        computing = placement.computed_by.get(name)
-        users = [node for node in (*placement.users[name], *tensor.outputs) if id(node) in kept]
-        members = [id(node) for node in (computing, *users) if node is not None]
-        if not members:
-            continue
+    linked: dict[int, list[Link]] = {key: [] for key in kept}
+    for link in links:
+        members = [id(node) for node in link.members]
         nx.add_path(joined, members)
-        is_read_in_float = id(tensor) in outputs or any(id(node) not in kept for node in tensor.outputs)
-        if computing is None or is_read_in_float:
-            borders[members[0]].append(tensor)
-    for rescaled, _ in placement.rescaled:
-        node = producer(rescaled.tensor)
-        nx.add_path(joined, [id(each) for each in (node, *rescaled.tensor.outputs) if id(each) in kept])
-    order = {id(node): index for index, node in enumerate(graph.nodes)}
+        linked[members[0]].append(link)
+    order = {id(node): index for index, node in enumerate(placement.graph.nodes)}
     found = [sorted(members, key=order.__getitem__) for members in nx.connected_components(joined)]
-    return [
-        Island(
-            tuple(kept[member] for member in members), tuple(tensor for member in members for tensor in borders[member])
-        )
-        for members in sorted(found, key=lambda members: order[members[0]])
+    return [_island(members, kept, linked) for members in sorted(found, key=lambda members: order[members[0]])]
+
+
+def _links(placement: Placement, kept: Mapping[int, gs.Node]) -> Iterator[Link]:
+    outputs = {id(tensor) for tensor in placement.graph.outputs}
+    quantized = [
+        (each.tensor, placement.computed_by.get(name), placement.users[name])
+        for name, each in placement.activations.items()
     ]
+    quantized += [(each.tensor, producer(each.tensor), ()) for each, _ in placement.rescaled]
+    for tensor, computed_by, others in quantized:
+        users = {id(node): node for node in (*others, *tensor.outputs) if id(node) in kept and node is not computed_by}
+        in_float = id(tensor) in outputs or any(id(node) not in kept for node in tensor.outputs)
+        if users or computed_by is not None:
+            yield Link(tensor, computed_by, tuple(users.values()), in_float)
+
+
+def _island(members: Sequence[int], kept: Mapping[int, gs.Node], linked: Mapping[int, Sequence[Link]]) -> Island:
+    links = tuple(link for member in members for link in linked[member])
+    borders = tuple(link.tensor for link in links if link.is_converted(members))
+    return Island(tuple(kept[member] for member in members), borders, links)
 
 
 def too_small(
     graph: gs.Graph, placements: Sequence[Placement], costs: Costs, input_shapes: Mapping[str, Shape] | None = None
 ) -> dict[int, str]:
-    """By id of a node, why its island does not pay.
+    """By id of an operator that does not pay, why.
 
     Args:
         graph: the float graph.
@@ -90,33 +129,81 @@ def too_small(
     counterparts = dict(zip(map(id, all_graphs(graph)), all_graphs(sized), strict=True))
     reasons: dict[int, str] = {}
     for placement in placements:
-        reasons |= _too_small_in(placement, counterparts[id(placement.graph)], costs)
+        trade = _Trade(counterparts[id(placement.graph)], costs)
+        for island in islands_of(placement):
+            reasons |= trade.losing(island)
     return reasons
 
 
-def _too_small_in(placement: Placement, sized: gs.Graph, costs: Costs) -> dict[int, str]:
-    macs = count_macs(sized).by_node
-    shapes = {tensor.name: fixed_shape(tensor) for node in sized.nodes for tensor in (*node.inputs, *node.outputs)}
-    reasons: dict[int, str] = {}
-    for island in islands_of(placement):
-        known = [shape for tensor in island.borders if (shape := shapes.get(tensor.name)) is not None]
-        counted = [macs.get(node.outputs[0].name, 0) for node in island.nodes]
-        if len(known) < len(island.borders) or not any(counted):
-            continue
-        savings = [
-            count * costs.saved_ns_per_mac.get(_kind(node, count), 0.0)
-            for node, count in zip(island.nodes, counted, strict=True)
-        ]
+class _Trade:
+    """What operators save in int8, and what it costs to convert tensors; in ns."""
+
+    def __init__(self, sized: gs.Graph, costs: Costs) -> None:
+        self.costs = costs
+        self.macs = count_macs(sized).by_node
+        tensors = (tensor for node in sized.nodes for tensor in (*node.inputs, *node.outputs))
+        self.shapes = {tensor.name: fixed_shape(tensor) for tensor in tensors}
+
+    def losing(self, island: Island) -> dict[int, str]:
+        """By id of an operator without which the island saves most, why it should stay float."""
+        known = all(self.shapes.get(tensor.name) is not None for tensor in island.borders)
+        if not known or not any(map(self._macs, island.nodes)):
+            return {}
+        _, (kept, _) = nx.minimum_cut(self._flow(island), _INT8, _FLOAT, flow_func=boykov_kolmogorov)
+        losing = [node for node in island.nodes if id(node) not in kept]
+        if not losing:
+            return {}
+        savings = list(map(self._saving, losing))
         saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
-        spent = sum(costs.border_ns + costs.border_ns_per_element * math.prod(shape) for shape in known)
-        if saved < lost + spent:
-            losing = f", lose {lost / 1e3:.1f} us in depthwise Convs" if lost else ""
-            reason = (
-                f"{sum(counted):,} MACs between float operators: int8 would save some {saved / 1e3:.1f} us{losing} and "
-                f"spend {spent / 1e3:.1f} us on conversions (qdq:small_islands=true quantizes it)"
-            )
-            reasons |= {id(node): reason for node in island.nodes}
-    return reasons
+        spent = self._spent(island, {id(node) for node in island.nodes}) - self._spent(island, kept)
+        place, more = ("between float operators", "") if len(losing) == len(island.nodes) else ("at an edge", "more ")
+        slower = f", lose {lost / 1e3:.1f} us in slower kernels" if lost else ""
+        reason = (
+            f"{sum(map(self._macs, losing)):,} MACs {place}: int8 would save some {saved / 1e3:.1f} us{slower} and "
+            f"spend {spent / 1e3:.1f} us {more}on conversions (qdq:small_islands=true quantizes it)"
+        )
+        return {id(node): reason for node in losing}
+
+    def _flow(self, island: Island) -> nx.DiGraph:
+        """The graph to cut: capacities are costs, and an edge without one is never cut."""
+        flow = nx.DiGraph()
+        flow.add_nodes_from((_INT8, _FLOAT))
+        for node in island.nodes:
+            saving = self._saving(node)
+            flow.add_edge(_INT8, id(node), capacity=max(saving, 0.0))
+            flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
+        for link in island.links:
+            source = _FLOAT if link.computed_by is None else id(link.computed_by)
+            cost = self._conversion(link.tensor)
+            capacity = {} if cost is None else {"capacity": cost}
+            quantize, dequantize = (link.tensor.name, "Q"), (link.tensor.name, "DQ")
+            flow.add_edges_from((id(user), quantize) for user in link.users)
+            flow.add_edge(quantize, source, **capacity)
+            if link.computed_by is not None:
+                flow.add_edge(source, dequantize, **capacity)
+                flow.add_edges_from((dequantize, id(user)) for user in link.users)
+                if link.is_read_in_float:
+                    flow.add_edge(dequantize, _FLOAT)
+        return flow
+
+    def _spent(self, island: Island, int8: Collection[int]) -> float:
+        converted = [self._conversion(link.tensor) for link in island.links if link.is_converted(int8)]
+        return sum(cost for cost in converted if cost is not None)
+
+    def _conversion(self, tensor: gs.Tensor) -> float | None:
+        shape = self.shapes.get(tensor.name)
+        return None if shape is None else self.costs.border_ns + self.costs.border_ns_per_element * math.prod(shape)
+
+    def _saving(self, node: gs.Node) -> float:
+        macs = self._macs(node)
+        if macs:
+            return macs * self.costs.saved_ns_per_mac.get(_kind(node, macs), 0.0)
+        fixed, per_value = self.costs.saved_ns_and_per_value.get(node.op, (0.0, 0.0))
+        shape = self.shapes.get(node.outputs[0].name)
+        return fixed + per_value * math.prod(shape) if shape is not None else 0.0
+
+    def _macs(self, node: gs.Node) -> int:
+        return self.macs.get(node.outputs[0].name, 0)
 
 
 def _kind(node: gs.Node, macs: int) -> str:

@@ -264,7 +264,7 @@ class _Placing:
     def _can_join(self, node: gs.Node, rule: Rule, available: set[int]) -> bool:
         if rule.role is Role.GAINS or id(node) in self.excluded:
             return False
-        if rule.why_not(node.op, node.attrs) is not None or not _fills_with_zero(node, rule):
+        if rule.why_not(node.op, node.attrs) is not None or not (_fills_with_zero(node, rule) and _fits(node, rule)):
             return False
         inputs = [edge.tensor for edge in self._quantized_inputs(node)]
         if any(_dtype(tensor) != np.float32 for tensor in (*inputs, *present(node.outputs))):
@@ -304,8 +304,8 @@ class _Placing:
         Behind an operator that only moves values there is nothing to absorb: the Q of its input has clipped already.
         One that is decomposed ends in a factor, and its own range tells those of its parts.
         """
-        outputs = present(node.outputs)
-        if self._rule_of(node).role in (Role.COMMUTES, Role.RESCALES) or node.op in self.target.decomposed:
+        outputs, rule = present(node.outputs), self._rule_of(node)
+        if rule.role in (Role.COMMUTES, Role.RESCALES) or rule.on_integers or node.op in self.target.decomposed:
             return outputs
         if (bias := self._bias_of(node)) is not None:
             outputs = bias.node.outputs
@@ -489,6 +489,14 @@ def _fills_with_zero(node: gs.Node, rule: Rule) -> bool:
         return True
     value = constant_of(node.inputs[rule.filled_from])
     return value is not None and not value.any()
+
+
+def _fits(node: gs.Node, rule: Rule) -> bool:
+    """Whether the operand is as small as the rule wants it."""
+    if rule.largest_operand is None:
+        return True
+    values = constant_of(node.inputs[1])
+    return values is not None and values.size > 0 and float(values.max()) <= rule.largest_operand
 
 
 def _dtype(tensor: gs.Tensor) -> np.dtype[Any] | None:

@@ -20,7 +20,7 @@ from graphopt.ranges import Ranges, TensorRange
 from graphopt.runtime import open_session, optimized_ops
 from graphopt.shapes import infer_shapes
 from graphopt.targets import target_named, targets
-from graphopt.targets.ort_cpu import ORT_CPU
+from graphopt.targets.ort_cpu import ORT_ARM, ORT_CPU
 from graphopt.targets.tensorrt import TENSORRT
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -125,6 +125,49 @@ def test_biases_far_above_their_products_are_added_all_the_same(op, largest_inpu
     assert not {"Conv", "Gemm", "MatMul"} & set(optimized_ops(proto))
     error = np.abs(open_session(proto).run(feed)["y"] - expected)
     assert error.max() < 0.02 * np.abs(expected).max()
+
+
+def prelu_net(slopes, behind="y = Conv<pads=[1,1,1,1]>(r, w)"):
+    model = model_of(
+        f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,16,8,8] x) => (float[1,16,8,8] y)
+        <float[16,16,3,3] w, float[16,1,1] slopes = {{{", ".join(map(str, slopes))}}}>
+        {{ c = Conv<pads=[1,1,1,1]>(x, w) r = PRelu(c, slopes) {behind} }}
+        """
+    )
+    weight = np.random.default_rng(0).normal(0, 0.1, (16, 16, 3, 3)).astype(np.float32)
+    next(each for each in model.graph.initializer if each.name == "w").CopyFrom(numpy_helper.from_array(weight, "w"))
+    return model
+
+
+@pytest.mark.parametrize("target", [ORT_CPU, ORT_ARM])
+@pytest.mark.parametrize("behind", ["y = Conv<pads=[1,1,1,1]>(r, w)", "y = Relu(r)", "y = Identity(r)"])
+def test_a_prelu_runs_on_integers_and_stays_what_it_is(behind, target):
+    model = prelu_net(np.linspace(-1, 1, 16), behind)
+    feed = {"x": np.random.default_rng(1).uniform(-1, 1, (1, 16, 8, 8)).astype(np.float32)}
+    found = open_session(model, extra_outputs=["c", "r"]).run(feed)
+    bounds = ranges_of(x=(-1, 1), **{name: (float(array.min()), float(array.max())) for name, array in found.items()})
+    proto, _ = quantized(model, target, bounds)
+    if behind.startswith("y = Conv"):
+        assert optimized_ops(proto)["Max"] == 1
+        assert not {"PRelu", "Mul", "LeakyRelu"} & set(optimized_ops(proto))
+        assert not unread_nodes(proto)
+    error = open_session(proto).run(feed)["y"] - found["y"]
+    assert np.abs(error).max() < 0.05 * np.abs(found["y"]).max()
+
+
+@pytest.mark.parametrize(("slopes", "options"), [([0.5] * 15 + [1.1], {}), ([0.5] * 16, {"activations": "uint16"})])
+def test_a_prelu_that_is_no_maximum_or_of_other_integers_stays_float(slopes, options):
+    options = {name: ActivationType(value) for name, value in options.items()}
+    proto, _ = quantized(prelu_net(slopes), ranges=ranges_of(x=(-1, 1), c=(-2, 2), r=(-1, 2), y=(-3, 3)), **options)
+    assert "PRelu" in optimized_ops(proto)
+    assert "Max" not in optimized_ops(proto)
+
+
+def unread_nodes(proto):
+    read = {name for node in proto.graph.node for name in node.input} | {each.name for each in proto.graph.output}
+    return [node for node in proto.graph.node if not set(node.output) & read]
 
 
 def test_a_graph_output_keeps_its_name():

@@ -1,8 +1,12 @@
 """Which int8 islands a graph has, which are too small to pay, and what measuring them decides."""
 
+from itertools import combinations
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_placement import CONV, graph_of
 from texts import model_of
 
@@ -63,19 +67,65 @@ def test_a_depthwise_conv_alone_saves_nothing():
 
 
 def test_an_island_whose_depthwise_convs_lose_what_the_others_save_is_named():
-    body = f"c = Conv<pads=[1,1,1,1], group=16>(x, k, b) y = {CONV}(c, w, b)"
+    body = f"c = {CONV}(x, w, b) d = Conv<pads=[1,1,1,1], group=16>(c, k, b) y = {CONV}(d, w, b)"
     graph = graph_of(body, weights="float[16,1,3,3] k")
     costs = {
-        loss: Costs(saved_ns_per_mac={"Conv": 0.01, DEPTHWISE: -loss}, border_ns=10, border_ns_per_element=0.0)
+        loss: Costs(saved_ns_per_mac={"Conv": 0.01, DEPTHWISE: -loss}, border_ns=4000, border_ns_per_element=0.0)
         for loss in (0.0, 0.2)
     }
     placements, shapes = place_all(graph, ORT_CPU), {"x": (4, 16, 8, 8)}
     assert not too_small(graph, placements, costs[0.0], shapes)
     (reason,) = set(too_small(graph, placements, costs[0.2], shapes).values())
     assert reason == (
-        "626,688 MACs between float operators: int8 would save some 5.9 us, lose 7.4 us in depthwise Convs and spend "
-        "0.0 us on conversions (qdq:small_islands=true quantizes it)"
+        "1,216,512 MACs between float operators: int8 would save some 11.8 us, lose 7.4 us in slower kernels and spend "
+        "8.0 us on conversions (qdq:small_islands=true quantizes it)"
     )
+
+
+def test_what_saves_too_little_at_the_edge_of_an_island_stays_float():
+    body = f"c = {CONV}(x, w, b) p = GlobalAveragePool(c) y = Conv(p, k) z = Conv(p, k)"
+    graph = graph_of(body, outputs="float[N,4,1,1] y, float[N,4,1,1] z", weights="float[4,16,1,1] k")
+    reasons = too_small(graph, place_all(graph, ORT_CPU), COSTS, {"x": (4, 16, 8, 8)})
+    by_name = {node.outputs[0].name: reasons.get(id(node)) for node in graph.nodes}
+    assert by_name["c"] is None
+    assert (
+        by_name["y"]
+        == by_name["z"]
+        == (
+            "512 MACs at an edge: int8 would save some 0.0 us and spend 1.0 us more on conversions "
+            "(qdq:small_islands=true quantizes it)"
+        )
+    )
+
+
+@given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(0, 30), st.integers(-30, 30))
+@settings(max_examples=60, deadline=None)
+def test_no_other_choice_saves_more(savings, border, depthwise):
+    """Against all choices, on a net with a residual, a bypass in float and two outputs."""
+    body = (
+        f"c = {CONV}(x, w, b) t = Tanh(c) d = Conv<pads=[1,1,1,1], group=16>(c, k, b) "
+        f"a = Add(d, x) y = {CONV}(a, w, b) z = MatMul(a, m)"
+    )
+    outputs = "float[N,16,8,8] y, float[N,16,8,8] t, float[N,16,8,8] z"
+    graph = graph_of(body, outputs=outputs, weights="float[16,1,3,3] k, float[8,8] m")
+    placements = place_all(graph, ORT_CPU)
+    costs = Costs(
+        saved_ns_per_mac={"Conv": savings[0] / 147456, DEPTHWISE: depthwise / 9216, "MatMul": savings[1] / 8192},
+        border_ns=border,
+        border_ns_per_element=0.0,
+        saved_ns_and_per_value={"Add": (savings[2] - savings[3], 0.0)},
+    )
+    gains = {"c": savings[0], "d": depthwise, "y": savings[0], "z": savings[1], "a": savings[2] - savings[3]}
+    islands_found = islands_of(placements[0])
+    named = {id(node): node.outputs[0].name for island in islands_found for node in island.nodes}
+
+    def worth(int8):
+        links = [link for island in islands_found for link in island.links]
+        return sum(gains[named[key]] for key in int8) - border * sum(link.is_converted(int8) for link in links)
+
+    losing = too_small(graph, placements, costs, {"x": (1, 16, 8, 8)})
+    choices = [set(kept) for size in range(len(named) + 1) for kept in combinations(named, size)]
+    assert worth(set(named) - set(losing)) == pytest.approx(max(map(worth, choices)))
 
 
 def test_small_islands_stay_float_with_the_reason_unless_asked_for():

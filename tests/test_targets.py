@@ -25,6 +25,7 @@ BETWEEN_CONVS = {
     "Mul": ("d = Mul(c, x)", "QLinearMul"),
     "SiLU": ("s = Sigmoid(c) d = Mul(c, s)", "QLinearSigmoid"),
     "LeakyRelu": ("d = LeakyRelu(c)", "QLinearLeakyRelu"),
+    "PRelu": ("d = PRelu(c, slopes)", "Max"),
     "Sigmoid": ("d = Sigmoid(c)", "QLinearSigmoid"),
     "Softmax": ("d = Softmax<axis=1>(c)", "QLinearSoftmax"),
     "AveragePool": ("d = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(c)", "QLinearMul"),
@@ -59,6 +60,7 @@ def operators_after(body, weights=""):
         g (float[2,16,8,8] x) => (float[A,B,C,D] y)
         <float[16,16,3,3] w, float[16,16,3,3] v, float[64,16,1,1] wide, float[16,1,1] k, float zero = {{0}},
          float[16,16,1,1] narrow, float three = {{3}}, int64[8] pads = {{0,0,1,1,0,0,1,1}},
+         float[16,1,1] slopes = {{1,0.5,-0.5,0,-1,0.25,0.3,0.7,1,0.5,-0.5,0,-1,0.25,0.3,0.7}},
          int64[8] below = {{0,0,0,0,0,0,2,0}},
          float six = {{6}}, bool flag = {{1}}, int64[4] swapped = {{0,0,4,16}}, float[4] ones = {{1,1,1,1}},
          int64[1] from = {{1}}, int64[1] to = {{7}}, int64[1] axes = {{2}} {weights}>

@@ -42,11 +42,14 @@ _RULES = {
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "Sigmoid", "Softmax"), _JOINS),
     "LeakyRelu": Rule(role=Role.JOINS, joins_last=True),  # behind a Conv of waifu2x 486 us in float and 85 in int8
     **dict.fromkeys(_HARD_ACTIVATIONS, _JOINS),
+    "PRelu": Rule(role=Role.JOINS, inputs=None, on_integers=True, largest_operand=1.0, joins_last=True),
     "Pad": Rule(role=Role.COMMUTES, on_integers=True, filled_from=2),
     "Resize": Rule(role=Role.COMMUTES, attributes={"mode": "nearest"}),
     **dict.fromkeys(("MaxPool", "Expand", "Flatten", "Gather", "Reshape", "Slice"), _COMMUTES),
     **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace"), _COMMUTES),
 }
+
+_RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}  # there is no Max of such integers
 
 # Two threads, AVX-512 with VNNI: what int8 saves at most, for operators stay float only where it surely does not
 # pay. In a chain of Convs (benchmarks/measure_costs.py) dense ones of 16 channels and more save 0.003 ns a MAC,
@@ -54,11 +57,12 @@ _RULES = {
 # it is small. Between float operators one row times 0.2 and 0.26 M weights loses 1 and 2 us, 0.6 M save 2 us and 1
 # M, which are not in the cache, 26; 16 rows times 16,000 weights lose 2 us. A Q or DQ costs 2 to 5 us for 18,000
 # values, 14 to 17 for 100,000, 27 to 33 for 200,000; what the float operators behind it lose to another layout comes
-# on top.
+# on top. PRelu of 68,000 values takes 93 us in float and 60 in int8, as three operators.
 _COSTS = Costs(
     saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.01, FEW_ROWS: 0.008, "Gemm": 0.035, "MatMul": 0.035},
     border_ns=1000,
     border_ns_per_element=0.25,
+    saved_ns_and_per_value={"LeakyRelu": (-500, 0.14), "PRelu": (-3000, 0.5)},
 )
 
 ORT_CPU = Target(
@@ -70,6 +74,7 @@ ORT_CPU = Target(
     channel_multiple=16,  # else convolutions leave the blocked layout (NCHWc), whose blocks are 8 or 16 channels
     rules=_RULES,
     activations={"uint8": UINT8, "int8": INT8, "uint16": UINT16, "int16": INT16},
+    activation_rules=dict.fromkeys(("uint16", "int16"), _RULES_OF_16_BITS),
     block_weights={
         "int4": Blocks(quant_type=UINT4_WEIGHT, sizes=(32, 16, 64, 128, 256), divide=False, may_be_shared=False)
     },

@@ -47,6 +47,7 @@ class Rule:
             for them but does not fuse the operator with pairs around it.
         filled_from: of such an operator, the input with a value for new elements; it must be 0, for which the zero
             point stands.
+        largest_operand: input 1 must be a constant without larger values.
         joins_last: an operator that joins does so where only float operators read its result too: its float kernel
             takes longer by more than that is worth.
     """
@@ -66,6 +67,7 @@ class Rule:
     counts_groups_alone: bool = False
     on_integers: bool = False
     filled_from: int | None = None
+    largest_operand: float | None = None
     joins_last: bool = False
 
     def why_not(self, op: str, attributes: Mapping[str, object]) -> str | None:
@@ -88,6 +90,8 @@ class Costs:
         saved_ns_per_mac: by operator type, for sums over many channels; depthwise Convs are a kind of their own
             (`DEPTHWISE`), and so are products of at most 16 rows by a constant (`FEW_ROWS`), where little is done with
             each weight that is read. Negative where int8 is slower.
+        saved_ns_and_per_value: by operator type, of others with an int8 kernel that is faster or slower: once, and for
+            each value of the output.
         border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
         border_ns_per_element: of the tensor there.
     """
@@ -95,6 +99,7 @@ class Costs:
     saved_ns_per_mac: Mapping[str, float]
     border_ns: float
     border_ns_per_element: float
+    saved_ns_and_per_value: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
