@@ -40,7 +40,8 @@ EXCHANGES = 64
 
 _FUTILE = 20  # tries in a row that bring nothing end the rest
 _TRIED_ON = 16  # samples at most
-_GIVEN_UP_AFTER = 4  # samples, where they show no gain
+_LEAST_SAMPLES = 4  # fewer tell nothing of chance
+_GIVEN_UP_AFTER = 2  # samples, where they show no gain
 _LEAST_GAIN = 0.01  # of the logarithm of the error
 _LEAST_T = 3.0  # chance exceeds it in one case of 100 with 8 samples, of 200 with 16
 _SAME = 0.05  # ranges whose ends differ by less together, relative to the larger magnitude
@@ -137,7 +138,7 @@ def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Cont
     """The first of some ranges, with the range that another one has where the outputs are surely closer with it."""
     current = best_first[0]
     tried = list(islice(_contested(best_first), EXCHANGES))
-    if not tried or len(comparing.feeds) < _GIVEN_UP_AFTER:
+    if not tried or len(comparing.feeds) < _LEAST_SAMPLES:
         return current
     errors = list(comparing.errors(current))
     if not all(map(_compares, errors)):
