@@ -218,6 +218,8 @@ class _Folder:
 
     def _up(self, chain: _Chain, own: Container[int], opset: int) -> _Move | str:
         """Return how the operators after a chain take it in, or why they cannot."""
+        if _ends_normalization(chain):
+            return "it ends a normalization, which runtimes compute at once where they find all of it"
         readers = self._readers(chain, own)
         if isinstance(readers, str):
             return readers
@@ -332,6 +334,13 @@ def _least_scale(dtype: Any) -> float:
     """Return the least scale to divide a shift by: times a weight of its own size it is still a normal number."""
     is_half = dtype is not None and numpy_dtype(dtype) == np.float16
     return float(np.sqrt(np.finfo(np.float16 if is_half else np.float32).tiny))
+
+
+def _ends_normalization(chain: _Chain) -> bool:
+    """Whether what is scaled and shifted was divided by a deviation: LayerNormalization, written out."""
+    quotient = producer(chain.source)
+    deviation = producer(quotient.inputs[1]) if quotient is not None and quotient.op == "Div" else None
+    return deviation is not None and deviation.op == "Sqrt"
 
 
 def _why_not_along(affine: Affine, axis: int, channels: int, label: str) -> str | None:

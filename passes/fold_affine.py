@@ -6,8 +6,9 @@ and MatMul take into their weights: those of the operator before it, else those 
 takes in becomes at most one Mul and one Add. The result differs from the original by float rounding only.
 
 Left alone: integers, which wrap; a constant that runs along another axis than the channels, or along two; a constant
-divided by x; x that something else reads too; a shift before a Conv with padding. BatchNormalization, with its
-neighbours, is fold-batch-norm's.
+divided by x; x that something else reads too; a shift before a Conv with padding; scale and shift of a
+LayerNormalization that is written out, which onnxruntime would no longer find. BatchNormalization, with its neighbours,
+is fold-batch-norm's.
 """
 
 from __future__ import annotations

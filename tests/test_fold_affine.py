@@ -11,6 +11,7 @@ from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
+from graphopt.runtime import optimized_ops
 
 
 def _text(body, x="float[N,4,6,6]", y="float[N,C,H,W]", opset=17):
@@ -55,6 +56,21 @@ def test_goes_down_into_the_conv_before(step, bias, opset):
     result, model = _fold(f"c = Conv (x, w{bias}) y = {step}", opset=opset)
     assert ops(model) == {"Conv": 1}
     assert result.parts == {"into the operator before": 1}
+
+
+def test_a_written_out_layer_normalization_stays_whole():
+    body = """
+        m = ReduceMean <axes = [-1]> (x)  c = Sub (x, m)  q = Pow (c, square)  e = ReduceMean <axes = [-1]> (q)
+        a = Add (e, epsilon)  d = Sqrt (a)  n = Div (c, d)  g = Mul (n, gamma)  h = Add (g, beta)  y = MatMul (h, u)
+    """
+    constants = {
+        **_values(gamma=(8,), beta=(8,), u=(8, 3)),
+        **{name: np.asarray(value, "f4") for name, value in (("square", 2), ("epsilon", 1e-5))},
+    }
+    result, model = _fold(body, constants=constants, x="float[N,8]", y="float[N,3]")
+    assert result.rewrites == 0
+    assert "ends a normalization" in result.skipped[0].reason
+    assert optimized_ops(model) == {"LayerNormalization": 1, "MatMul": 1}
 
 
 def test_a_scale_alone_gives_a_conv_without_bias_none():
