@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 import onnx_graphsurgeon as gs
@@ -172,6 +173,8 @@ class _Trade:
             saving = self._saving(node)
             flow.add_edge(_INT8, id(node), capacity=max(saving, 0.0))
             flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
+        for one, other in pairwise(id(node) for node in island.nodes if node.op in self.costs.same_layout):
+            flow.add_edges_from(((one, other), (other, one)))
         for link in island.links:
             source = _FLOAT if link.computed_by is None else id(link.computed_by)
             cost = self._conversion(link.tensor)

@@ -98,6 +98,21 @@ def test_what_saves_too_little_at_the_edge_of_an_island_stays_float():
     )
 
 
+@pytest.mark.parametrize(
+    ("same_layout", "saved", "losing"), [((), 0.02, {"d"}), (("Conv",), 0.02, set()), (("Conv",), 0.01, {"d", "y"})]
+)
+def test_operators_of_one_layout_stay_float_all_or_none(same_layout, saved, losing):
+    graph = graph_of(f"d = Conv<pads=[1,1,1,1], group=16>(x, k, b) y = {CONV}(d, w, b)", weights="float[16,1,3,3] k")
+    costs = Costs(
+        saved_ns_per_mac={"Conv": saved, DEPTHWISE: -0.2},
+        border_ns=10,
+        border_ns_per_element=0.0,
+        same_layout=frozenset(same_layout),
+    )
+    reasons = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (4, 16, 8, 8)})
+    assert {node.outputs[0].name for node in graph.nodes if id(node) in reasons} == losing
+
+
 @given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(0, 30), st.integers(-30, 30))
 @settings(max_examples=60, deadline=None)
 def test_no_other_choice_saves_more(savings, border, depthwise):
