@@ -182,8 +182,8 @@ class InsertQdq(Pass):
         if slower:
             excluded |= slower
             placements = place_calibrated(graph, target, excluded, ranges)
+        notes = (*((measured,) if measured else ()), *_needed_versions(target, placements))
         placements = _quantize(graph, target, placements, excluded, ranges)
-        notes = (measured,) if measured else ()
         operators, activations, weights, operands = (
             sum(map(len, each))
             for each in zip(*((at.nodes, at.activations, at.weights, at.operands) for at in placements), strict=True)
@@ -259,6 +259,16 @@ class InsertQdq(Pass):
                 raise PipelineError(f"qdq:exclude: no node's name fits '{pattern}'")
             excluded |= found
         return excluded
+
+
+def _needed_versions(target: Target, placements: Sequence[Placement]) -> tuple[str, ...]:
+    """What is said of operators whose int8 form older runtimes lack."""
+    placed = sorted({node.op for each in placements for node in each.nodes if node.op in target.rules})
+    return tuple(
+        f"{op} in int8 needs {since}: older ones do not load the model (qdq:exclude_ops={op} keeps it float)"
+        for op in placed
+        if (since := target.rules[op].since)
+    )
 
 
 def _nodes(graph: gs.Graph) -> list[gs.Node]:

@@ -42,7 +42,14 @@ _RULES = {
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "Sigmoid", "Softmax"), _JOINS),
     "LeakyRelu": Rule(role=Role.JOINS, joins_last=True),  # behind a Conv of waifu2x 486 us in float and 85 in int8
     **dict.fromkeys(_HARD_ACTIVATIONS, _JOINS),
-    "PRelu": Rule(role=Role.JOINS, inputs=None, on_integers=True, largest_operand=1.0, joins_last=True),
+    "PRelu": Rule(
+        role=Role.JOINS,
+        inputs=None,
+        on_integers=True,
+        largest_operand=1.0,
+        since="onnxruntime 1.24",  # Max of uint8 and int8
+        joins_last=True,
+    ),
     "Pad": Rule(role=Role.COMMUTES, on_integers=True, filled_from=2),
     "Resize": Rule(role=Role.COMMUTES, attributes={"mode": "nearest"}),
     **dict.fromkeys(("MaxPool", "Expand", "Flatten", "Gather", "Reshape", "Slice"), _COMMUTES),

@@ -48,6 +48,7 @@ class Rule:
         filled_from: of such an operator, the input with a value for new elements; it must be 0, for which the zero
             point stands.
         largest_operand: input 1 must be a constant without larger values.
+        since: the first version of the runtime that has the kernel, if a user may have an older one.
         joins_last: an operator that joins does so where only float operators read its result too: its float kernel
             takes longer by more than that is worth.
     """
@@ -68,6 +69,7 @@ class Rule:
     on_integers: bool = False
     filled_from: int | None = None
     largest_operand: float | None = None
+    since: str = ""
     joins_last: bool = False
 
     def why_not(self, op: str, attributes: Mapping[str, object]) -> str | None:
