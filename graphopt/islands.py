@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import networkx as nx
 import onnx_graphsurgeon as gs
@@ -154,14 +153,16 @@ class _Trade:
         losing = [node for node in island.nodes if id(node) not in kept]
         if not losing:
             return {}
-        savings = list(map(self._saving, losing))
+        behind = {id(user): id(link.computed_by) for link in island.links for user in link.users}
+        savings = [self._saving(node) for node in losing if not self._is_fused(node) or behind[id(node)] in kept]
         saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
         spent = self._spent(island, {id(node) for node in island.nodes}) - self._spent(island, kept)
         place, more = ("between float operators", "") if len(losing) == len(island.nodes) else ("at an edge", "more ")
         slower = f", lose {lost / 1e3:.1f} us in slower kernels" if lost else ""
+        conversions = f", spend {spent / 1e3:.1f} us {more}on conversions" if spent > 0 else ""
         reason = (
-            f"{sum(map(self._macs, losing)):,} MACs {place}: int8 would save some {saved / 1e3:.1f} us{slower} and "
-            f"spend {spent / 1e3:.1f} us {more}on conversions (qdq:small_islands=true quantizes it)"
+            f"{sum(map(self._macs, losing)):,} MACs {place}: int8 would save some {saved / 1e3:.1f} us"
+            f"{slower}{conversions} (qdq:small_islands=true quantizes it)"
         )
         return {id(node): reason for node in losing}
 
@@ -169,12 +170,12 @@ class _Trade:
         """The graph to cut: capacities are costs, and an edge without one is never cut."""
         flow = nx.DiGraph()
         flow.add_nodes_from((_INT8, _FLOAT))
+        behind = {id(user): id(link.computed_by) for link in island.links for user in link.users if link.computed_by}
         for node in island.nodes:
             saving = self._saving(node)
-            flow.add_edge(_INT8, id(node), capacity=max(saving, 0.0))
+            before = behind.get(id(node), _FLOAT) if self._is_fused(node) else _INT8
+            flow.add_edge(before, id(node), capacity=max(saving, 0.0))
             flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
-        for one, other in pairwise(id(node) for node in island.nodes if node.op in self.costs.same_layout):
-            flow.add_edges_from(((one, other), (other, one)))
         for link in island.links:
             source = _FLOAT if link.computed_by is None else id(link.computed_by)
             cost = self._conversion(link.tensor)
@@ -204,6 +205,9 @@ class _Trade:
         fixed, per_value = self.costs.saved_ns_and_per_value.get(node.op, (0.0, 0.0))
         shape = self.shapes.get(node.outputs[0].name)
         return fixed + per_value * math.prod(shape) if shape is not None else 0.0
+
+    def _is_fused(self, node: gs.Node) -> bool:
+        return node.op in self.costs.fused_in_float
 
     def _macs(self, node: gs.Node) -> int:
         return self.macs.get(node.outputs[0].name, 0)

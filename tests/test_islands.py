@@ -13,7 +13,7 @@ from texts import model_of
 import graphopt
 from graphopt.autotune import tune
 from graphopt.errors import PipelineError
-from graphopt.islands import islands_of, too_small
+from graphopt.islands import _Trade, islands_of, too_small
 from graphopt.model_io import load_model
 from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
@@ -77,7 +77,7 @@ def test_an_island_whose_depthwise_convs_lose_what_the_others_save_is_named():
     assert not too_small(graph, placements, costs[0.0], shapes)
     (reason,) = set(too_small(graph, placements, costs[0.2], shapes).values())
     assert reason == (
-        "1,216,512 MACs between float operators: int8 would save some 11.8 us, lose 7.4 us in slower kernels and spend "
+        "1,216,512 MACs between float operators: int8 would save some 11.8 us, lose 7.4 us in slower kernels, spend "
         "8.0 us on conversions (qdq:small_islands=true quantizes it)"
     )
 
@@ -92,25 +92,29 @@ def test_what_saves_too_little_at_the_edge_of_an_island_stays_float():
         by_name["y"]
         == by_name["z"]
         == (
-            "512 MACs at an edge: int8 would save some 0.0 us and spend 1.0 us more on conversions "
+            "512 MACs at an edge: int8 would save some 0.0 us, spend 1.0 us more on conversions "
             "(qdq:small_islands=true quantizes it)"
         )
     )
 
 
-@pytest.mark.parametrize(
-    ("same_layout", "saved", "losing"), [((), 0.02, {"d"}), (("Conv",), 0.02, set()), (("Conv",), 0.01, {"d", "y"})]
-)
-def test_operators_of_one_layout_stay_float_all_or_none(same_layout, saved, losing):
-    graph = graph_of(f"d = Conv<pads=[1,1,1,1], group=16>(x, k, b) y = {CONV}(d, w, b)", weights="float[16,1,3,3] k")
+@pytest.mark.parametrize(("fused", "losing"), [((), {"c"}), (("LeakyRelu",), {"c", "r"})])
+def test_what_is_fused_into_a_float_operator_saves_nothing_behind_it(fused, losing):
+    graph = graph_of(f"c = {CONV}(x, w, b) r = LeakyRelu(c) y = {CONV}(r, w, b)")
     costs = Costs(
-        saved_ns_per_mac={"Conv": saved, DEPTHWISE: -0.2},
-        border_ns=10,
-        border_ns_per_element=0.0,
-        same_layout=frozenset(same_layout),
+        saved_ns_per_mac={"Conv": 0.01},
+        border_ns=0,
+        border_ns_per_element=1.0,
+        saved_ns_and_per_value={"LeakyRelu": (0.0, 1.0)},
+        fused_in_float=frozenset(fused),
     )
-    reasons = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (4, 16, 8, 8)})
-    assert {node.outputs[0].name for node in graph.nodes if id(node) in reasons} == losing
+    first, second = (node for node in graph.nodes if node.op == "Conv")
+    trade = _Trade(graph, costs)
+    trade.macs = {first.outputs[0].name: 1_000, second.outputs[0].name: 1_000_000}
+    trade.shapes = dict.fromkeys("xcry", (1, 1, 1, 100))
+    trade.shapes |= {"x": (1, 1, 1, 120), "r": (1, 1, 1, 90)}
+    (island,) = islands_of(place(graph, ORT_CPU))
+    assert {node.outputs[0].name for node in graph.nodes if id(node) in trade.losing(island)} == losing
 
 
 @given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(0, 30), st.integers(-30, 30))

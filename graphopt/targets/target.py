@@ -94,8 +94,7 @@ class Costs:
             each weight that is read. Negative where int8 is slower.
         saved_ns_and_per_value: by operator type, of others with an int8 kernel that is faster or slower: once, and for
             each value of the output.
-        same_layout: operator types whose float kernels want another layout of memory than int8 ones: in an island they
-            stay float all or none.
+        fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
         border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
         border_ns_per_element: of the tensor there.
     """
@@ -104,7 +103,7 @@ class Costs:
     border_ns: float
     border_ns_per_element: float
     saved_ns_and_per_value: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    same_layout: frozenset[str] = frozenset()
+    fused_in_float: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
