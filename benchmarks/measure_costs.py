@@ -65,10 +65,9 @@ def main() -> int:
     arguments = parser.parse_args()
     print_head(SIZES)
     for kind in KINDS:
-        feeds = [{"x": values((1, *shape))} for shape in SIZES]
         cells = [
-            compared([network(None, shape), network(kind, shape)], feed, arguments.seconds)
-            for shape, feed in zip(SIZES, feeds, strict=True)
+            compared([network(None, shape), network(kind, shape)], {"x": values((1, *shape))}, arguments.seconds)
+            for shape in SIZES
         ]
         print(f"| {kind.label} | " + " | ".join(cells) + " |", flush=True)
     print()
@@ -115,10 +114,7 @@ def products(length: int, rows: int, features: int) -> onnx.ModelProto:
         numpy_helper.from_array(values((features, features)) / np.sqrt(features).astype(np.float32), f"w_{number}")
         for number in range(length)
     ]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, features])
-    y = helper.make_tensor_value_info(names[-1], TensorProto.FLOAT, [rows, features])
-    graph = helper.make_graph(nodes, "g", [x], [y], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model_of(nodes, [rows, features], names[-1], weights)
 
 
 def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -144,9 +140,16 @@ def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
         numpy_helper.from_array((random.standard_normal(size) / np.sqrt(np.prod(size[1:]))).astype(np.float32), name)
         for name, size in weights.items()
     ]
-    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, *shape])
-    output = helper.make_tensor_value_info(previous, TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "g", [image], [output], constants)
+    return model_of(nodes, [1, *shape], previous, constants)
+
+
+def model_of(
+    nodes: list[onnx.NodeProto], shape: list[int], output: str, constants: list[onnx.TensorProto]
+) -> onnx.ModelProto:
+    """A model from x of that shape to one output."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 

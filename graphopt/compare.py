@@ -282,7 +282,7 @@ class _Sums:
 
 
 def _dot(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """In this thread: BLAS would wait for those of onnxruntime, which go on spinning (30 ms for 1.5 MB)."""
+    """In this thread: BLAS would wait for those of onnxruntime, which stay awake a while after a run."""
     return float(np.einsum("i,i->", one, other))
 
 

@@ -40,13 +40,17 @@ class Island:
 
     Attributes:
         nodes: the operators, in the graph's order.
-        borders: the tensors that are quantized on the way in, and those that are dequantized on the way out.
-        links: all quantized tensors of the operators.
+        links: their quantized tensors.
     """
 
     nodes: tuple[gs.Node, ...]
-    borders: tuple[gs.Tensor, ...]
     links: tuple[Link, ...]
+
+    @property
+    def borders(self) -> tuple[gs.Tensor, ...]:
+        """The tensors that are quantized on the way in, and those that are dequantized on the way out."""
+        members = {id(node) for node in self.nodes}
+        return tuple(link.tensor for link in self.links if link.is_converted(members))
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,19 @@ class Link:
 def islands_of(placement: Placement) -> list[Island]:
     """The islands of a placement, in the order of their first operators."""
     kept = {id(node): node for node in placement.nodes}
-    links = list(_links(placement, kept))
     joined = nx.Graph()
     joined.add_nodes_from(kept)
     linked: dict[int, list[Link]] = {key: [] for key in kept}
-    for link in links:
+    for link in _links(placement, kept):
         members = [id(node) for node in link.members]
         nx.add_path(joined, members)
         linked[members[0]].append(link)
     order = {id(node): index for index, node in enumerate(placement.graph.nodes)}
     found = [sorted(members, key=order.__getitem__) for members in nx.connected_components(joined)]
-    return [_island(members, kept, linked) for members in sorted(found, key=lambda members: order[members[0]])]
+    return [
+        Island(tuple(kept[member] for member in members), tuple(link for member in members for link in linked[member]))
+        for members in sorted(found, key=lambda members: order[members[0]])
+    ]
 
 
 def _links(placement: Placement, kept: Mapping[int, gs.Node]) -> Iterator[Link]:
@@ -106,12 +112,6 @@ def _links(placement: Placement, kept: Mapping[int, gs.Node]) -> Iterator[Link]:
         in_float = id(tensor) in outputs or any(id(node) not in kept for node in tensor.outputs)
         if users or computed_by is not None:
             yield Link(tensor, computed_by, tuple(users.values()), in_float)
-
-
-def _island(members: Sequence[int], kept: Mapping[int, gs.Node], linked: Mapping[int, Sequence[Link]]) -> Island:
-    links = tuple(link for member in members for link in linked[member])
-    borders = tuple(link.tensor for link in links if link.is_converted(members))
-    return Island(tuple(kept[member] for member in members), borders, links)
 
 
 def too_small(
@@ -153,8 +153,8 @@ class _Trade:
         losing = [node for node in island.nodes if id(node) not in kept]
         if not losing:
             return {}
-        behind = {id(user): id(link.computed_by) for link in island.links for user in link.users}
-        savings = [self._saving(node) for node in losing if not self._is_fused(node) or behind[id(node)] in kept]
+        behind = self._fused_behind(island)
+        savings = [self._saving(node) for node in losing if behind.get(id(node), _INT8) in kept]
         saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
         spent = self._spent(island, {id(node) for node in island.nodes}) - self._spent(island, kept)
         place, more = ("between float operators", "") if len(losing) == len(island.nodes) else ("at an edge", "more ")
@@ -170,11 +170,10 @@ class _Trade:
         """The graph to cut: capacities are costs, and an edge without one is never cut."""
         flow = nx.DiGraph()
         flow.add_nodes_from((_INT8, _FLOAT))
-        behind = {id(user): id(link.computed_by) for link in island.links for user in link.users if link.computed_by}
+        behind = self._fused_behind(island)
         for node in island.nodes:
             saving = self._saving(node)
-            before = behind.get(id(node), _FLOAT) if self._is_fused(node) else _INT8
-            flow.add_edge(before, id(node), capacity=max(saving, 0.0))
+            flow.add_edge(behind.get(id(node), _INT8), id(node), capacity=max(saving, 0.0))
             flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
         for link in island.links:
             source = _FLOAT if link.computed_by is None else id(link.computed_by)
@@ -206,8 +205,14 @@ class _Trade:
         shape = self.shapes.get(node.outputs[0].name)
         return fixed + per_value * math.prod(shape) if shape is not None else 0.0
 
-    def _is_fused(self, node: gs.Node) -> bool:
-        return node.op in self.costs.fused_in_float
+    def _fused_behind(self, island: Island) -> dict[int, int | str]:
+        """By id of an operator that is part of a float one before it, what must be in int8 for it to save anything."""
+        return {
+            id(user): _FLOAT if link.computed_by is None else id(link.computed_by)
+            for link in island.links
+            for user in link.users
+            if user.op in self.costs.fused_in_float
+        }
 
     def _macs(self, node: gs.Node) -> int:
         return self.macs.get(node.outputs[0].name, 0)

@@ -56,7 +56,8 @@ _RULES = {
     **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace"), _COMMUTES),
 }
 
-_RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}  # there is no Max of such integers
+# Between integers of 16 bits onnxruntime computes in float, where PRelu is one operator and not three.
+_RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}
 
 # Two threads, AVX-512 with VNNI: what int8 saves at most, for operators stay float only where it surely does not
 # pay. In a chain of Convs (benchmarks/measure_costs.py) dense ones of 16 channels and more save 0.003 ns a MAC,
