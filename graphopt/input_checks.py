@@ -16,7 +16,7 @@ import numpy as np
 from graphopt.errors import GraphoptError
 from graphopt.feeds import Array, Feed, Samples
 from graphopt.model_io import Model
-from graphopt.remembered import FITS, Remembered, first_remembered, median_divergence, rows_by_channel, up_to
+from graphopt.remembered import FITS, Remembered, first_remembered, median_divergence, up_to
 from graphopt.runtime import Session, open_session
 
 _SAMPLES = 6
@@ -80,9 +80,16 @@ def _judge(session: Session, name: str, feeds: Sequence[Feed], statistics: Remem
 
 def _divergence(session: Session, feeds: Sequence[Feed], statistics: Remembered) -> float:
     """The median over the channels of KL(what the feeds give || what is remembered)."""
-    values = [session.run(feed)[statistics.tensor] for feed in feeds]
-    rows = np.concatenate([rows_by_channel(each) for each in values], axis=1)
-    return float(median_divergence(rows.mean(axis=1), rows.var(axis=1), statistics))
+    means, variances, sizes = [], [], []
+    for feed in feeds:
+        values = session.run_without_copies(feed)[statistics.tensor]
+        axes = tuple(axis for axis in range(values.ndim) if axis != 1)
+        means.append(values.mean(axis=axes, dtype=values.dtype).astype(np.float64))
+        variances.append(values.var(axis=axes, dtype=values.dtype).astype(np.float64))
+        sizes.append(values.size)
+    mean = np.average(means, axis=0, weights=sizes)
+    variance = np.average(variances + (means - mean) ** 2, axis=0, weights=sizes)  # within the feeds and among them
+    return float(median_divergence(mean, variance, statistics))
 
 
 def _readings(array: Array) -> Iterator[tuple[str, Change]]:

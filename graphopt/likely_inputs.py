@@ -23,7 +23,7 @@ from graphopt.errors import GraphoptError
 from graphopt.feeds import Feed, Samples
 from graphopt.graph import Array
 from graphopt.model_io import Model
-from graphopt.remembered import FITS, Remembered, first_remembered, median_divergence, rows_by_channel, up_to
+from graphopt.remembered import FITS, Remembered, first_remembered, median_divergence, up_to
 from graphopt.runtime import open_session
 
 _SEEN = 6  # samples that the fit looks at
@@ -77,7 +77,8 @@ def _fit(
 
     def rows(values: Values) -> Values:
         fed = {spec.name: feed[spec.name] for spec in session.inputs} | {name: values.astype(feed[name].dtype)}
-        return rows_by_channel(session.run(fed)[remembered.tensor])
+        given = session.run(fed)[remembered.tensor]  # [N, C, ...]
+        return np.moveaxis(given, 1, 0).reshape(given.shape[1], -1).astype(np.float64)
 
     still = rows(np.zeros(noise[0].shape))
     constant = np.tile(rows(np.ones(noise[0].shape)) - still, len(noise))

@@ -128,7 +128,7 @@ def _observe_extremes(
     floats = {name: dtype for name, dtype in dtypes.items() if dtype is not None and dtype.name in FLOAT_TYPES}
     seen = {name: statistics() for name in floats}
     reductions = Reductions(model, floats) if floats else None
-    release_free_memory()
+    release_free_memory(collect=False)
     number = -1
     for number, feed in enumerate(track(samples, progress, f"calibrate {len(floats)} tensors", samples.count)):
         with _failing_at(place_of(feed, number)):
@@ -157,7 +157,7 @@ def _observe_values(
         runner = _Runner(model, group, found.other_types)
         size = runner.batch_size(samples, one)
         what = f"calibrate {len(group)} tensors, {_SAMPLES_ALIVE * size * one / 2**20:.0f} MiB{run}"
-        release_free_memory()
+        release_free_memory(collect=False)
         threads = min(_SAMPLES_ALIVE, os.cpu_count() or 1)
         with Overlap(runner.run, statistics, group, threads=threads, alive=_SAMPLES_ALIVE) as overlap:
             for batch in batches(track(samples, progress, what, samples.count), size):

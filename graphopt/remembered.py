@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graphopt.graph import Array, constant_of
+from graphopt.graph import constant_of
 from graphopt.model_io import Model
 from graphopt.operators import MOVING
 
@@ -64,11 +64,6 @@ def up_to(model: Model, name: str) -> Model:
     copy.graph.outputs = [tensor for node in copy.graph.nodes for tensor in node.outputs if tensor.name == name]
     copy.graph.cleanup(remove_unused_graph_inputs=True)
     return copy
-
-
-def rows_by_channel(values: Array) -> NDArray[np.float64]:
-    """[N, C, ...] -> [C, values of a channel]."""
-    return np.moveaxis(values, 1, 0).reshape(values.shape[1], -1).astype(np.float64)
 
 
 def median_divergence(

@@ -140,12 +140,14 @@ def open_session(
     return _open(model, options, extra_outputs)
 
 
-def release_free_memory() -> None:
+def release_free_memory(*, collect: bool = True) -> None:
     """Give memory back to the system that is not used any more: what passes and the opening of sessions leave.
 
-    Collects garbage, which `rare_collections` puts off, and has the C library (glibc) return what it keeps.
+    Has the C library (glibc) return what it keeps, after a collection of garbage, which `rare_collections` puts off.
+    Passes leave cycles; the opening of a session leaves none, and can do without one.
     """
-    gc.collect()
+    if collect:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
