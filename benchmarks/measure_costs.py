@@ -5,7 +5,8 @@
 A chain of 1x1 Convs, with the operator behind each of them and without, in float and in int8: so the operator reads
 and writes the layout that its neighbours like, and what is fused into them counts. The four models take turns. The
 table has the time of one operator in float and in int8; Tanh, which stays float, costs a DQ and a Q more, with the
-change of layout at each. A second table has matrix products: a chain of Gemms beside one of them.
+change of layout at each. A second table has matrix products: a chain of Gemms beside one of them. A third has the
+first Conv of a net, on its own, in float, in int8 and in int8 with channels of zeros (`DenseConvs` of ort-cpu).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +23,24 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
+from graphopt.data import load_samples
 from graphopt.model_io import load_model
+from graphopt.pass_base import Context
+from graphopt.passes.calibrate import Calibrate
+from graphopt.passes.insert_qdq import InsertQdq
 from graphopt.runtime import measure_latency, open_session
+from graphopt.targets import DenseConvs, Target
+from graphopt.targets.ort_cpu import ORT_CPU
+from graphopt.thresholds import Method
 
 SIZES = ((8, 24, 96), (32, 12, 48), (32, 56, 56), (96, 3, 96), (128, 14, 14), (200, 2, 96), (256, 28, 28))  # [C, H, W]
 MATRICES = ((1, 64), (1, 256), (1, 1024), (16, 64), (16, 256), (128, 256), (128, 768))  # [rows, features]
+FIRST = (  # [C, size], channels out, kernel, stride
+    *((3, 1024, 16, 3, 2), (3, 224, 32, 3, 2), (3, 224, 64, 7, 2), (1, 112, 16, 3, 1), (1, 112, 8, 3, 1)),
+    *((3, 227, 96, 11, 4), (3, 224, 192, 16, 16)),
+)
 LENGTH = 8
+ANY_CONVS = DenseConvs(multiple=4, least_outputs=1, largest_kernel=1024)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,15 @@ def main() -> int:
         compared([products(1, *shape), products(1 + LENGTH, *shape)], {"x": values(shape)}, arguments.seconds)
         for shape in MATRICES
     ]
-    print("| Gemm | " + " | ".join(cells) + " |")
+    print("| Gemm | " + " | ".join(cells) + " |\n")
+    print("| first Conv | float | int8 | with zeros |\n|---|---|---|---|")
+    for channels, size, outputs, kernel, stride in FIRST:
+        model, feed = first_conv(channels, outputs, kernel, stride), {"x": values((1, channels, size, size))}
+        models = [model, *(quantized(model, feed, replace(ORT_CPU, dense_convs=each)) for each in (None, ANY_CONVS))]
+        sessions = [open_session(load_model(each), threads=2) for each in models]
+        cells = [f"{each * 1e6:.0f}" for each in measure_latency(sessions, feed, seconds=arguments.seconds)]
+        what = f"{channels} x {size} x {size}, {outputs} of {kernel} x {kernel}, stride {stride}"
+        print(f"| {what} | " + " | ".join(cells) + " |")
     return 0
 
 
@@ -117,6 +138,14 @@ def products(length: int, rows: int, features: int) -> onnx.ModelProto:
     return model_of(nodes, [rows, features], names[-1], weights)
 
 
+def first_conv(channels: int, outputs: int, kernel: int, stride: int) -> onnx.ModelProto:
+    """A Conv, and a Relu behind it."""
+    attributes = {"pads": [kernel // 2] * 4, "strides": [stride] * 2}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["conv"], **attributes), helper.make_node("Relu", ["conv"], ["y"])]
+    weight = numpy_helper.from_array(values((outputs, channels, kernel, kernel)) / np.float32(kernel), "w")
+    return model_of(nodes, [1, channels, None, None], "y", [weight])
+
+
 def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
     """A chain of Convs, with the operator behind each or without."""
     random = np.random.default_rng(0)
@@ -144,7 +173,7 @@ def network(kind: Kind | None, shape: tuple[int, int, int]) -> onnx.ModelProto:
 
 
 def model_of(
-    nodes: list[onnx.NodeProto], shape: list[int], output: str, constants: list[onnx.TensorProto]
+    nodes: list[onnx.NodeProto], shape: list[int | None], output: str, constants: list[onnx.TensorProto]
 ) -> onnx.ModelProto:
     """A model from x of that shape to one output."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
@@ -153,10 +182,11 @@ def model_of(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def quantized(model: onnx.ModelProto, feed: dict[str, Any]) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, feed: dict[str, Any], target: Target = ORT_CPU) -> onnx.ModelProto:
     """The model with everything in int8 that onnxruntime runs in it."""
-    passes = "calibrate:method=minmax,qdq:small_islands=true"
-    return graphopt.optimize(model, passes, data=[feed] * 4, target="ort-cpu", verify=False).model
+    passes = [Calibrate(method=Method.MINMAX), InsertQdq(small_islands=True)]
+    context = Context(target=target, samples=load_samples([feed] * 4, open_session(load_model(model)).inputs))
+    return graphopt.PassManager(passes, verify=False).run(model, context).model
 
 
 if __name__ == "__main__":

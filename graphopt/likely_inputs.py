@@ -78,7 +78,7 @@ def _fit(
     def rows(values: Values) -> Values:
         fed = {spec.name: feed[spec.name] for spec in session.inputs} | {name: values.astype(feed[name].dtype)}
         given = session.run(fed)[remembered.tensor]  # [N, C, ...]
-        return np.moveaxis(given, 1, 0).reshape(given.shape[1], -1).astype(np.float64)
+        return np.asarray(np.moveaxis(given, 1, 0).reshape(given.shape[1], -1), np.float64)
 
     still = rows(np.zeros(noise[0].shape))
     constant = np.tile(rows(np.ones(noise[0].shape)) - still, len(noise))

@@ -1,17 +1,19 @@
-"""Fold Pad with a constant on spatial axes into the pads of what reads it.
+"""Fold Pad with a constant into what reads it: into the pads on spatial axes, into the weight on the channel axis.
 
 A Conv reads zeros beyond the border of its input, so zeros that a Pad writes there first are the same:
 
     Conv(Pad(x, [0, 0, b..., 0, 0, e...]), pads = p) = Conv(x, pads = p + [b..., e...])
 
-with x of shape [N, C, D1, ..., Dk] and pads in the order of the operator page: k begins, then k ends. AveragePool does
-so too where it counts the padding (count_include_pad = 1). The border of MaxPool never wins, so there the Pad may write
+with x of shape [N, C, D1, ..., Dk] and pads in the order of the operator page: k begins, then k ends. Channels of zeros
+add nothing to a Conv of one group: the weights that read them go. AveragePool reads zeros beyond its border
+too where it counts the padding (count_include_pad = 1). The border of MaxPool never wins, so there the Pad may write
 any value v that never wins either: the lowest of the type, or one that x never falls below, such as 0 after a Relu.
 Every window must then hold an element of x, which is so where the pads are smaller than the window, without gaps
 (dilations) and without a window past the end (ceil_mode). Two Pads in a row that write one value are one, on all axes.
 
-The Pad stays while another node reads it. Refused: another mode or value, pads on the batch or channel axis, negative
-ones (they crop), pads that are not constant, and auto_pad = SAME_*, which depends on the size of the padded input.
+The Pad stays while another node reads it. Refused: another mode or value, pads on the batch axis or on channels that
+are pooled or grouped, negative ones (they crop), pads that are not constant, and auto_pad = SAME_*, which depends on
+the size of the padded input.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class FoldPad(Pass):
                 if reader.op == "Pad":
                     _join(pad, reader, names)
                 else:
-                    _fold(pad, reader)
+                    _fold(pad, reader, names)
                 folded += 1
         return PassResult(rewrites=folded, skipped=tuple(skipped))
 
@@ -84,13 +86,15 @@ def _why_not_pad(pad: gs.Node) -> str | None:
 
 
 def _why_not_spatial(pad: gs.Node, reader: gs.Node) -> str | None:
-    pads = _pads(pad) or []
+    pads = _pads(pad)
+    assert pads is not None  # _why_not_pad
     half = len(pads) // 2
-    if any(pads[:2]) or any(pads[half : half + 2]):
+    batch, channels, *spatial = (begin > 0 or end > 0 for begin, end in zip(pads[:half], pads[half:], strict=True))
+    if batch or (channels and reader.op != "Conv"):
         return "it pads the batch or the channel axis"
     if reader.inputs[0] is not pad.outputs[0]:
         return "it pads the weight"
-    if reader.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    if any(spatial) and reader.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return f"auto_pad {reader.attrs['auto_pad']} depends on the size of the padded input"
     return None
 
@@ -98,6 +102,11 @@ def _why_not_spatial(pad: gs.Node, reader: gs.Node) -> str | None:
 def _why_not_conv(pad: gs.Node, reader: gs.Node) -> str | None:
     if _value(pad) != 0:
         return f"it writes {_value(pad):g}, and a convolution's border is zero"
+    if any(_channel_pads(pad)):
+        if reader.attrs.get("group", 1) > 1:
+            return "it pads channels of a convolution of several groups"
+        if not is_constant(reader.inputs[1]) or len(reader.inputs[1].outputs) > 1:
+            return "the weights for the channels that it pads are computed at run time, or others read them too"
     return _why_not_spatial(pad, reader)
 
 
@@ -188,10 +197,24 @@ def _clipped_at(clip: gs.Node) -> float:
     return float(clip.attrs.get("min", -np.inf))
 
 
-def _fold(pad: gs.Node, reader: gs.Node) -> None:
-    reader.attrs["pads"] = _spatial_pads(pad, reader)
-    reader.attrs.pop("auto_pad", None)
+def _fold(pad: gs.Node, reader: gs.Node, names: Names) -> None:
+    if reader.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID"):  # else the sizes stay as they are
+        reader.attrs["pads"] = _spatial_pads(pad, reader)
+        reader.attrs.pop("auto_pad", None)
+    if any(channels := _channel_pads(pad)):
+        weight = constant_of(reader.inputs[1])
+        assert weight is not None  # _why_not_conv
+        before, after = channels
+        read = np.ascontiguousarray(weight[:, before : weight.shape[1] - after])
+        set_input(reader, 1, gs.Constant(names.fresh(f"{reader.inputs[1].name}/read"), read))
     set_input(reader, 0, pad.inputs[0])
+
+
+def _channel_pads(pad: gs.Node) -> tuple[int, int]:
+    """How many channels a Pad puts before the others, and how many behind."""
+    pads = _pads(pad)
+    assert pads is not None  # _why_not_pad
+    return pads[1], pads[len(pads) // 2 + 1]
 
 
 def _spatial_pads(pad: gs.Node, reader: gs.Node) -> list[int]:

@@ -30,12 +30,13 @@ from graphopt.calibrated_placement import place_calibrated
 from graphopt.decompositions import decompose, is_decomposed, write_clips_as_limits
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
-from graphopt.graph import all_graphs
+from graphopt.graph import Names, all_graphs
 from graphopt.graph_copy import copy_graph
 from graphopt.insertion import insert_pairs
 from graphopt.islands import islands_of, too_small
 from graphopt.model_io import Model
 from graphopt.opset import raise_opset
+from graphopt.padded_channels import pad_input_channels
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.placement import Placement, node_label, place_all
 from graphopt.quantization import QuantType
@@ -209,10 +210,13 @@ class InsertQdq(Pass):
             if chosen is None:
                 known = ", ".join(target.activations)
                 raise PipelineError(f"qdq:activations: {target.name} has {known}, not {self.activations.value}")
-            costs = target.costs if chosen == target.activation else None  # they are those of its own type
+            is_own = chosen == target.activation  # of which costs and kernels are known
+            costs, dense_convs = (target.costs, target.dense_convs) if is_own else (None, None)
             weight = chosen if chosen.is_float else target.weight
             rules = target.activation_rules.get(self.activations.value, target.rules)
-            target = replace(target, activation=chosen, weight=weight, rules=rules, costs=costs)
+            target = replace(
+                target, activation=chosen, weight=weight, rules=rules, costs=costs, dense_convs=dense_convs
+            )
         if not self.per_channel:
             rules = {op: replace(rule, per_channel=False) for op, rule in target.rules.items()}
             target = replace(target, rules=rules)
@@ -349,6 +353,10 @@ def _quantize(
         infer_shapes(graph)
         placements = place_calibrated(graph, target, excluded, ranges)
     insert_pairs(graph, target, placements, ranges)
+    if target.dense_convs is not None:
+        names = Names(graph)
+        for each in placements:
+            pad_input_channels(each.graph, each.nodes, target.dense_convs, names)
     if target.clips_hide_products:
         floating = {op for op, rule in target.rules.items() if rule.role is Role.GAINS and not rule.needs_output}
         write_clips_as_limits(graph, [node for each in placements for node in each.nodes if node.op in floating])

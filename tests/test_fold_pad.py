@@ -9,6 +9,8 @@ from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 
 ZEROS_ASIDE = {1: [0, 0, 1, 0, 0, 2], 2: [0, 0, 1, 0, 0, 0, 2, 1], 3: [0, 0, 1, 0, 2, 0, 0, 0, 1, 0]}
 CONV = "y = Conv (b, w)"
+SIX = np.ones((6, 6, 3, 3), np.float32)
+CHANNELS = np.array([0, 0, 0, 0, 0, 4, 0, 0], np.int64)  # 2 become 6
 
 
 def _pads(rank):
@@ -50,6 +52,18 @@ def test_folds_pads_of_named_axes():
     assert _fold(f"b = Pad (x, p, z, a) {CONV}", opset=18, **constants) == {"Conv": 1}
 
 
+@pytest.mark.parametrize("conv", [CONV, 'y = Conv <auto_pad = "SAME_UPPER", strides = [2, 2]> (b, w)'])
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (3, 0), (1, 1)])
+def test_folds_channels_of_zeros_into_the_weight(before, after, conv):
+    weight = np.random.default_rng(0).standard_normal((3, 2 + before + after, 3, 3)).astype(np.float32)
+    pads = np.array([0, before, 0, 0, 0, after, 0, 0], np.int64)
+    assert _fold(f"b = Pad (x, p) {conv}", p=pads, w=weight) == {"Conv": 1}
+
+
+def test_folds_channels_and_borders_at_once():
+    assert _fold(f"b = Pad (x, p) {CONV}", p=np.array([0, 1, 2, 0, 0, 0, 0, 1]), w=SIX[:, :3]) == {"Conv": 1}
+
+
 def test_folds_into_an_average_that_counts_its_padding():
     pool = "y = AveragePool <kernel_shape = [3, 3], count_include_pad = 1> (b)"
     assert _fold(f"b = Pad (x, p) {pool}") == {"AveragePool": 1}
@@ -75,6 +89,14 @@ def test_keeps_the_pad_for_another_reader():
         ),
         (f"q = Shape (x) d = Sub (q, q) p2 = Concat <axis = 0> (d, d) b = Pad (x, p2) {CONV}", {}, "at run time"),
         ("b = Pad (w, p) y = Conv (x, b)", {}, "pads the weight"),
+        ("b = Pad (x, p) y = Conv <group = 2> (b, w)", {"p": CHANNELS, "w": SIX[:, :3]}, "several groups"),
+        ("b = Pad (x, p) k = Exp (w) y = Conv (b, k)", {"p": CHANNELS, "w": SIX}, "computed at run time"),
+        ("b = Pad (x, p) c = Conv (b, w) d = Conv (b, w) y = Add (c, d)", {"p": CHANNELS, "w": SIX}, "others read"),
+        (
+            "b = Pad (x, p) y = AveragePool <kernel_shape = [3, 3], count_include_pad = 1> (b)",
+            {"p": CHANNELS},
+            "the channel axis",
+        ),
     ],
 )
 def test_refuses_with_a_reason(step, constants, words):

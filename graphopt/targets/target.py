@@ -107,6 +107,25 @@ class Costs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenseConvs:
+    """Which Convs of one group a runtime has its fast int8 kernels for.
+
+    Attributes:
+        multiple: of which numbers of channels are, those that go in and those that come out.
+        least_outputs: channels that come out.
+        largest_kernel: places of a kernel up to which these kernels gain more than channels of zeros cost.
+    """
+
+    multiple: int
+    least_outputs: int
+    largest_kernel: int
+
+    def take(self, outputs: int, places: int) -> bool:
+        """Whether a Conv with so many output channels and places of its kernel is worth channels of zeros."""
+        return outputs >= self.least_outputs and outputs % self.multiple == 0 and places <= self.largest_kernel
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blocks:
     """Weights of few bits with a scale for each block, for matrix products whose activations stay float.
 
@@ -147,6 +166,7 @@ class Target:
         activation_rules: by such a name, the rules that hold instead of `rules`.
         block_weights: weights in blocks that `qdq:weights` may ask for, by name.
         channel_multiple: kernels are fastest at channel counts that are multiples of it.
+        dense_convs: what Convs that read a model's inputs are padded for (`graphopt.padded_channels`); None: nothing.
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
         lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rule`.
@@ -172,6 +192,7 @@ class Target:
     activation_rules: Mapping[str, Mapping[str, Rule]] = field(default_factory=dict)
     block_weights: Mapping[str, Blocks] = field(default_factory=dict)
     channel_multiple: int = 8
+    dense_convs: DenseConvs | None = None
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
     lint_rules: tuple[LintRule, ...] = ()
