@@ -37,10 +37,10 @@ SIZES = ((8, 24, 96), (32, 12, 48), (32, 56, 56), (96, 3, 96), (128, 14, 14), (2
 MATRICES = ((1, 64), (1, 256), (1, 1024), (16, 64), (16, 256), (128, 256), (128, 768))  # [rows, features]
 FIRST = (  # [C, size], channels out, kernel, stride
     *((3, 1024, 16, 3, 2), (3, 224, 32, 3, 2), (3, 224, 64, 7, 2), (1, 112, 16, 3, 1), (1, 112, 8, 3, 1)),
-    *((3, 227, 96, 11, 4), (3, 224, 192, 16, 16)),
+    *((3, 227, 96, 11, 4), (3, 224, 192, 16, 16), (3, 48, 32, 3, 1), (1, 28, 16, 3, 1)),
 )
 LENGTH = 8
-ANY_CONVS = DenseConvs(multiple=4, least_outputs=1, largest_kernel=1024)
+ANY_CONVS = DenseConvs(multiple=4, least_outputs=1, largest_kernel=1024, least_work=0)
 
 
 @dataclass(frozen=True)

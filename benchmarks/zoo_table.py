@@ -121,6 +121,8 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     failed = False
+    if arguments.keep_peers is not None:
+        arguments.keep_peers.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or model_names(arguments.zoo):
         cells = measure(name, arguments.zoo, arguments.keep_peers)
         failed |= "failed" in (cells[2], cells[5])

@@ -51,8 +51,9 @@ class _Padding:
             return
         outputs, channels, *kernel = weights.data.shape
         lacking = -channels % self.kernels.multiple
-        is_dense = conv.attrs.get("group", 1) == 1
-        if lacking and is_dense and self.kernels.take(outputs, math.prod(kernel)) and _reads_input_planes(values):
+        if not lacking or conv.attrs.get("group", 1) > 1:
+            return
+        if self.kernels.take(outputs, math.prod(kernel), _places(conv.outputs[0])) and _reads_input_planes(values):
             set_input(conv, 0, self._wider(values, lambda: self._padded(values, channels, lacking, len(kernel))))
             set_input(conv, 1, self._wider(weights, lambda: self._with_zeros(weights, lacking)))
 
@@ -93,6 +94,12 @@ class _Padding:
 
     def _add(self, op: str, inputs: list[gs.Tensor], output: gs.Variable, attributes: dict[str, Any]) -> None:
         self.graph.nodes.append(gs.Node(op, output.name, attributes, inputs, [output]))
+
+
+def _places(result: gs.Tensor) -> int | None:
+    """The product of the spatial sizes of [N, C, ...]; None where one is not known."""
+    sizes = [None] if result.shape is None else result.shape[2:]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _reads_input_planes(values: Quantizer) -> bool:

@@ -85,6 +85,7 @@ def test_a_weight_that_is_read_with_and_without_zeros_is_stored_both_ways():
         {"outputs": 12},
         {"outputs": 18},
         {"kernel": "11,11"},
+        {"sizes": "28,28"},
         {"before": "s = Transpose<perm=[0,1,3,2]>(x) t = Mul(s, s)"},
         {"before": "u = Conv<pads=[1,1,1,1]>(x, u_w) t = Relu(u)", "channels": 3},
     ],

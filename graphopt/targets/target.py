@@ -114,15 +114,25 @@ class DenseConvs:
         multiple: of which numbers of channels are, those that go in and those that come out.
         least_outputs: channels that come out.
         largest_kernel: places of a kernel up to which these kernels gain more than channels of zeros cost.
+        least_work: places of the kernel times those of the result, from which on they do.
     """
 
     multiple: int
     least_outputs: int
     largest_kernel: int
+    least_work: int
 
-    def take(self, outputs: int, places: int) -> bool:
-        """Whether a Conv with so many output channels and places of its kernel is worth channels of zeros."""
-        return outputs >= self.least_outputs and outputs % self.multiple == 0 and places <= self.largest_kernel
+    def take(self, outputs: int, kernel: int, result: int | None) -> bool:
+        """Whether channels of zeros pay for a Conv.
+
+        Args:
+            outputs: channels that come out.
+            kernel: places of the kernel.
+            result: places of one sample's result; None: not known, so as many as it takes.
+        """
+        if outputs < self.least_outputs or outputs % self.multiple or kernel > self.largest_kernel:
+            return False
+        return result is None or kernel * result >= self.least_work
 
 
 @dataclass(frozen=True, kw_only=True)
