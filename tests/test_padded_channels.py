@@ -17,14 +17,13 @@ RANGES = ranges_of(x=(-3, 3), y=(-3, 3), z=(-3, 3), r=(0, 4))
 UNPADDED = replace(ORT_CPU, dense_convs=None)
 
 
-def net(*, channels=3, outputs=16, kernel="3,3", attributes="strides=[2,2]", before="", sizes="H,W"):
+def net(*, channels=3, outputs=16, kernel="3,3", attributes="strides=[2,2]", before="", sizes="H,W", result=""):
     read = "t" if before else "x"
-    rank = len(sizes.split(","))
-    result = ",".join(["N", str(outputs), *"ABC"[:rank]])
+    result = result or ",".join("ABC"[: len(sizes.split(","))])
     weight = f"{outputs},{channels},{kernel}"
     return f"""
         <ir_version: 8, opset_import: ["" : 17]>
-        g (float[N,{channels},{sizes}] x) => (float[{result}] y)
+        g (float[N,{channels},{sizes}] x) => (float[N,{outputs},{result}] y)
         <float[{weight}] w, float[{outputs}] b> {{ {before} y = Conv<{attributes}>({read}, w, b) }}
     """
 
@@ -85,7 +84,7 @@ def test_a_weight_that_is_read_with_and_without_zeros_is_stored_both_ways():
         {"outputs": 12},
         {"outputs": 18},
         {"kernel": "11,11"},
-        {"sizes": "28,28"},
+        {"sizes": "28,28", "result": "13,13"},
         {"before": "s = Transpose<perm=[0,1,3,2]>(x) t = Mul(s, s)"},
         {"before": "u = Conv<pads=[1,1,1,1]>(x, u_w) t = Relu(u)", "channels": 3},
     ],
