@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Names, constant_of, is_constant, producer, remove_nodes, set_input
+from graphopt.graph import Names, constant_of, is_constant, is_output, producer, remove_nodes, set_input
 from graphopt.quantizers import Quantizer, dequantizer_of
 from graphopt.targets import DenseConvs
 
@@ -59,9 +59,11 @@ class _Padding:
 
     def finish(self) -> None:
         """Remove each DQ that only padded Convs read, and order the nodes."""
-        outputs = {id(tensor) for tensor in self.graph.outputs}
-        unread = [node for node in self.replaced if not node.outputs[0].outputs]
-        remove_nodes(self.graph, [node for node in unread if id(node.outputs[0]) not in outputs])
+        if not self.replaced:
+            return
+        left = [(node, node.outputs[0]) for node in self.replaced]
+        unread = [node for node, tensor in left if not tensor.outputs and not is_output(self.graph, tensor)]
+        remove_nodes(self.graph, unread)
         self.graph.toposort()
 
     def _wider(self, found: Quantizer, integers: Callable[[], gs.Tensor]) -> gs.Variable:

@@ -86,10 +86,7 @@ def _why_not_pad(pad: gs.Node) -> str | None:
 
 
 def _why_not_spatial(pad: gs.Node, reader: gs.Node) -> str | None:
-    pads = _pads(pad)
-    assert pads is not None  # _why_not_pad
-    half = len(pads) // 2
-    batch, channels, *spatial = (begin > 0 or end > 0 for begin, end in zip(pads[:half], pads[half:], strict=True))
+    batch, channels, *spatial = map(any, _sides(pad))
     if batch or (channels and reader.op != "Conv"):
         return "it pads the batch or the channel axis"
     if reader.inputs[0] is not pad.outputs[0]:
@@ -102,7 +99,7 @@ def _why_not_spatial(pad: gs.Node, reader: gs.Node) -> str | None:
 def _why_not_conv(pad: gs.Node, reader: gs.Node) -> str | None:
     if _value(pad) != 0:
         return f"it writes {_value(pad):g}, and a convolution's border is zero"
-    if any(_channel_pads(pad)):
+    if any(_sides(pad)[1]):
         if reader.attrs.get("group", 1) > 1:
             return "it pads channels of a convolution of several groups"
         if not is_constant(reader.inputs[1]) or len(reader.inputs[1].outputs) > 1:
@@ -201,30 +198,29 @@ def _fold(pad: gs.Node, reader: gs.Node, names: Names) -> None:
     if reader.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID"):  # else the sizes stay as they are
         reader.attrs["pads"] = _spatial_pads(pad, reader)
         reader.attrs.pop("auto_pad", None)
-    if any(channels := _channel_pads(pad)):
+    before, after = _sides(pad)[1]
+    if before or after:
         weight = constant_of(reader.inputs[1])
         assert weight is not None  # _why_not_conv
-        before, after = channels
         read = np.ascontiguousarray(weight[:, before : weight.shape[1] - after])
         set_input(reader, 1, gs.Constant(names.fresh(f"{reader.inputs[1].name}/read"), read))
     set_input(reader, 0, pad.inputs[0])
 
 
-def _channel_pads(pad: gs.Node) -> tuple[int, int]:
-    """How many channels a Pad puts before the others, and how many behind."""
-    pads = _pads(pad)
-    assert pads is not None  # _why_not_pad
-    return pads[1], pads[len(pads) // 2 + 1]
-
-
 def _spatial_pads(pad: gs.Node, reader: gs.Node) -> list[int]:
     """The pads of a Pad on the spatial axes and those of its reader, added."""
+    begins, ends = zip(*_sides(pad)[2:], strict=True)
+    spatial = [*begins, *ends]
+    own = reader.attrs.get("pads") or [0] * len(spatial)
+    return [mine + added for mine, added in zip(own, spatial, strict=True)]
+
+
+def _sides(pad: gs.Node) -> list[tuple[int, int]]:
+    """By axis, how much a Pad puts before and how much behind."""
     pads = _pads(pad)
     assert pads is not None  # _why_not_pad
     half = len(pads) // 2
-    spatial = pads[2:half] + pads[half + 2 :]
-    own = reader.attrs.get("pads") or [0] * len(spatial)
-    return [mine + added for mine, added in zip(own, spatial, strict=True)]
+    return list(zip(pads[:half], pads[half:], strict=True))
 
 
 def _join(pad: gs.Node, reader: gs.Node, names: Names) -> None:
