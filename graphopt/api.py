@@ -97,8 +97,10 @@ def optimize(
         write_ranges(_of_model(context.ranges, float_model), ranges_file)
     if verify and _changed_outputs(pipeline, result):
         result.report.check = _final_check(float_model, result, context)
+        result.report.warnings += result.report.check.comparison.resized()
     if verify and _quantized(pipeline, result):
-        result.report.lint = lint_model(result.optimized, context.target)
+        input_shapes = None if context.samples is None else context.samples.first_shapes()
+        result.report.lint = lint_model(result.optimized, context.target, input_shapes)
         result.report.warnings += _lint_warnings(result.report)
     result.report.warnings[:0] = [*_data_warnings(pipeline, context, result.report.check), *other_model]
     return result

@@ -9,7 +9,7 @@ For a reference tensor x and the other model's y, with sums over all elements of
     error    max |x - y|
 
 Elements where x is NaN or infinite are left out of all three and counted. Where only y is, the noise is
-infinite.
+infinite. Arrays of other sizes in y, as of a detector that finds one box more, are left out of everything and counted.
 
 Agreement is a share from 0 to 1. For floats it is that of equal top-1 classes, and exists only where the
 output looks like class scores: shape [N, C] with C >= 2, once trailing dimensions of 1 are dropped; each row
@@ -41,12 +41,15 @@ class OutputComparison:
 
     name: str
     dtype: str  # the reference's
-    sqnr_db: float  # NaN where nothing can be compared: strings that differ, a reference without a finite value
+    sqnr_db: float  # NaN where nothing can be compared: strings or all sizes differ, no finite value in the reference
     cosine: float
     max_error: float
     agreement: float | None  # None where the output does not look like class scores
     nonfinite_reference: int = 0  # elements that are NaN or infinite in the reference, and so left out
     nonfinite_new: int = 0  # elements that are NaN or infinite in the other model only
+    arrays: int = 1  # that both models returned
+    resized: int = 0  # of these, how many have other sizes in the other model, and so were left out
+    first_resized: str = ""  # the shapes of the first of them
 
     @property
     def is_float(self) -> bool:
@@ -73,12 +76,22 @@ class Comparison:
         """Say, a sentence for each, which outputs miss `min_sqnr` in dB or `min_agreement` from 0 to 1.
 
         SQNR is asked of every float output, agreement of every output that has one. New NaN or infinite
-        values fall short without any limit, and so does a limit that no output can be held to.
+        values and other sizes fall short without any limit, and so does a limit that no output can be held to.
         """
         return [
+            *self.resized(),
             *_new_nonfinite(self.outputs),
             *([] if min_sqnr is None else _below_sqnr(self.outputs, min_sqnr)),
             *([] if min_agreement is None else _below_agreement(self.outputs, min_agreement)),
+        ]
+
+    def resized(self) -> list[str]:
+        """Say, a sentence for each, which outputs have other sizes."""
+        return [
+            f"output '{each.name}' has other sizes than in the reference in {each.resized} of {each.arrays} arrays, "
+            f"{each.first_resized}; these are left out of its figures"
+            for each in self.outputs
+            if each.resized
         ]
 
 
@@ -143,7 +156,7 @@ def compare_sessions(
         progress: told after each feed.
 
     Raises:
-        ModelError: a tensor is missing in one of the models, or they differ in its shape or kind.
+        ModelError: a tensor is missing in one of the models, or they differ in its rank or kind.
         DataError: there are no samples, or they do not fit the other model's inputs.
 
     """
@@ -180,6 +193,8 @@ class _Sums:
         self.name = name
         self.dtype = ""
         self.finite = 0  # elements compared
+        self.arrays = self.resized = 0
+        self.first_resized = ""
         self.signal = self.noise = self.product = self.other_signal = self.max_error = 0.0
         self.nonfinite_reference = self.nonfinite_new = 0
         self.agreeing = self.decisions = 0
@@ -188,7 +203,7 @@ class _Sums:
         """Take in one feed's arrays: one of a tensor, one for each element of a sequence.
 
         Raises:
-            ModelError: they differ in number, shape, or kind.
+            ModelError: they differ in number, rank, or kind.
 
         """
         if len(expected) != len(actual):
@@ -202,18 +217,22 @@ class _Sums:
         """Take in a pair of arrays.
 
         Raises:
-            ModelError: they differ in shape, or one holds strings and the other numbers.
+            ModelError: they differ in rank, or one holds strings and the other numbers.
 
         """
-        if expected.shape != actual.shape:
-            raise ModelError(
-                f"'{self.name}' has shape {expected.shape} in the reference and {actual.shape} in the other model"
-            )
+        shapes = f"shape {expected.shape} in the reference and {actual.shape} in the other model"
+        if expected.ndim != actual.ndim:
+            raise ModelError(f"'{self.name}' has {shapes}")
         if _is_text(expected) != _is_text(actual):
             raise ModelError(
                 f"'{self.name}' is {expected.dtype} in the reference and {actual.dtype} in the other model"
             )
         self.dtype = "string" if _is_text(expected) else str(expected.dtype)
+        self.arrays += 1
+        if expected.shape != actual.shape:
+            self.resized += 1
+            self.first_resized = self.first_resized or shapes
+            return
         if not _is_float(expected):
             self.agreeing += int(np.count_nonzero(expected == actual))
             self.decisions += expected.size
@@ -260,11 +279,21 @@ class _Sums:
             self.agreeing / self.decisions if self.decisions else None,
             self.nonfinite_reference,
             self.nonfinite_new,
+            self.arrays,
+            self.resized,
+            self.first_resized,
         )
+
+    @property
+    def _has_none(self) -> bool:
+        """Whether all arrays have other sizes, so that nothing was compared."""
+        return 0 < self.arrays == self.resized
 
     def _sqnr_db(self) -> float:
         if self.nonfinite_new:
             return -math.inf
+        if self._has_none:
+            return math.nan
         if self.dtype == "string":
             return math.inf if self.agreeing == self.decisions else math.nan
         if self.nonfinite_reference and not self.finite:
@@ -274,7 +303,7 @@ class _Sums:
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
     def _cosine(self) -> float:
-        if self.dtype == "string" or self.nonfinite_new:
+        if self.dtype == "string" or self.nonfinite_new or self._has_none:
             return math.nan
         if self.signal == 0 or self.other_signal == 0:
             return 1.0 if self.signal == self.other_signal else 0.0

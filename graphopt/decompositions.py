@@ -38,6 +38,7 @@ def is_decomposed(node: gs.Node) -> bool:
     """Whether what a node stands for runs in int8 where the node itself does not, or runs faster.
 
     An AveragePool must be of pictures whose channels are known, and whose sizes are, too, where padding does not count.
+    None may be smaller than the kernel: a pool takes the mean of what is there, and the Conv fails.
     """
     if node.op != "AveragePool":
         return True
@@ -46,7 +47,22 @@ def is_decomposed(node: gs.Node) -> bool:
         return False
     if result is not None and all(size == 1 for size in result[2:]):
         return False
-    return all(isinstance(size, int) for size in (shape[1:] if _leaves_padding_out(node) else shape[1:2]))
+    known = all(isinstance(size, int) for size in (shape[1:] if _leaves_padding_out(node) else shape[1:2]))
+    return known and _kernel_fits(node, shape[2:])
+
+
+def _kernel_fits(pool: gs.Node, sizes: Iterable[Any]) -> bool:
+    """Whether no padded size, of those that are known or 1, is below the kernel's."""
+    if pool.attrs.get("auto_pad", "NOTSET").startswith("SAME"):
+        return True
+    kernel = pool.attrs["kernel_shape"]
+    pads = pool.attrs.get("pads") or [0] * (2 * len(kernel))
+    dilations = pool.attrs.get("dilations") or [1] * len(kernel)
+    padded = (
+        (size if isinstance(size, int) else 1) + begin + end
+        for size, begin, end in zip(sizes, pads[: len(kernel)], pads[len(kernel) :], strict=True)
+    )
+    return all(size > (places - 1) * step for size, places, step in zip(padded, kernel, dilations, strict=True))
 
 
 def _leaves_padding_out(pool: gs.Node) -> bool:

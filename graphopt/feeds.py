@@ -79,6 +79,11 @@ class Samples:
         count = self.count if self.count is None else min(self.count, limit)
         return replace(self, start=lambda: islice(self.start(), limit), count=count)
 
+    def first_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Return the shapes of the first feed by input name; None where there is no feed."""
+        feed = next(iter(self), None)
+        return None if feed is None else {name: value.shape for name, value in feed.items()}
+
 
 def fixed_size(dimension: Dimension) -> int | None:
     """Return the number that a declared dimension fixes; None where any size fits.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from graphopt.compare import Runs, compare_sessions
+from graphopt.compare import OutputComparison, Runs, compare_sessions
 from graphopt.errors import DataError
 from graphopt.feeds import Samples
 from graphopt.runtime import Session
@@ -90,8 +90,14 @@ def noise_by_output(reference: Runs, session: Session, samples: Samples) -> list
         DataError, ModelError: as `noise_to_signal`.
     """
     outputs = compare_sessions(reference, session, samples).outputs
-    errors = [10 ** (-each.sqnr_db / 10) for each in outputs if each.is_float]
+    errors = [_error(each) for each in outputs if each.is_float]
     return errors or [1 - each.agreement for each in outputs if each.agreement is not None]
+
+
+def _error(output: OutputComparison) -> float:
+    """Noise over signal; an array of another size is all noise."""
+    resized = output.resized / output.arrays
+    return resized + (1 - resized) * 10 ** (-output.sqnr_db / 10) if resized < 1 else 1.0
 
 
 def percent(error: float) -> str:

@@ -27,7 +27,7 @@ from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import all_graphs, is_constant, producer
 from graphopt.macs import count_macs
 from graphopt.placement import Placement
-from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
+from graphopt.sizes import Shape, at_sizes, fixed_shape
 from graphopt.targets import DEPTHWISE, FEW_ROWS, Costs
 
 _FEW_ROWS = 16
@@ -125,7 +125,7 @@ def too_small(
         costs: of its target.
         input_shapes: by input name; None: open sizes are assumed as in `graphopt.sizes`.
     """
-    sized = at_assumed_sizes(graph)[0] if input_shapes is None else at_sizes(graph, input_shapes)
+    sized = at_sizes(graph, input_shapes)
     counterparts = dict(zip(map(id, all_graphs(graph)), all_graphs(sized), strict=True))
     reasons: dict[int, str] = {}
     for placement in placements:

@@ -9,6 +9,7 @@ from typing import Any
 
 from graphopt.lint_rule import Finding, LintRule, Severity, Subject
 from graphopt.model_io import Model
+from graphopt.sizes import Shape
 from graphopt.targets import Target
 
 __all__ = ["Finding", "LintReport", "LintRule", "Severity", "lint_model"]
@@ -64,9 +65,15 @@ class LintReport:
         }
 
 
-def lint_model(model: Model, target: Target) -> LintReport:
-    """Hold a model against the rules of a target; the model is left as it is."""
-    subject = Subject(model, target)
+def lint_model(model: Model, target: Target, input_shapes: Mapping[str, Shape] | None = None) -> LintReport:
+    """Hold a model against the rules of a target; the model is left as it is.
+
+    Args:
+        model: of any tool.
+        target: what it is for.
+        input_shapes: by name; None: open sizes are assumed as in `graphopt.sizes`.
+    """
+    subject = Subject(model, target, input_shapes)
     findings = [finding for rule in target.lint_rules for finding in rule.findings(subject)]
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     return LintReport(

@@ -6,7 +6,7 @@ wrong and what to do. Its id is stable, so that scripts can rely on it; its docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -19,6 +19,7 @@ from graphopt.graph import all_graphs
 from graphopt.model_io import Model
 from graphopt.quantizers import Quantizer, quantizer_of
 from graphopt.shapes import infer_shapes
+from graphopt.sizes import Shape
 
 if TYPE_CHECKING:  # a target names its rules, so it imports them
     from graphopt.targets.target import Target
@@ -82,13 +83,15 @@ class Subject:
     Attributes:
         model: a copy whose shapes are inferred as far as possible.
         target: what it is judged for.
+        input_shapes: of what it will be given, by name; None: unknown where the model leaves sizes open.
         nodes: every node, those in branches and bodies too.
 
     """
 
-    def __init__(self, model: Model, target: Target) -> None:
+    def __init__(self, model: Model, target: Target, input_shapes: Mapping[str, Shape] | None = None) -> None:
         self.model = model.copy()
         self.target = target
+        self.input_shapes = input_shapes
         self.shape_error: str | None = None
         try:
             infer_shapes(self.model.graph)

@@ -16,7 +16,7 @@ QuantizeLinear are counted like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.frame import GraphKey, nested_key
 from graphopt.graph import bodies
-from graphopt.sizes import Shape, at_assumed_sizes, fixed_shape
+from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
 
 Place = tuple[GraphKey, str]
 """Which graph a node is in, and the name of its first output."""
@@ -53,13 +53,12 @@ def macs_by_node(graph: gs.Graph) -> dict[str, int]:
     return count_macs(sized).by_node
 
 
-def macs_by_operator(graph: gs.Graph) -> dict[Place, int]:
+def macs_by_operator(graph: gs.Graph, input_shapes: Mapping[str, Shape] | None = None) -> dict[Place, int]:
     """MACs as in `macs_by_node`, but of the operators themselves, also those in branches and bodies.
 
-    Of an If, those in its larger branch alone.
+    Of an If, those in its larger branch alone. `input_shapes` are by name, None: assumed.
     """
-    sized, _ = at_assumed_sizes(graph)
-    return count_macs(sized).operators
+    return count_macs(at_sizes(graph, input_shapes)).operators
 
 
 def count_macs(sized: gs.Graph, key: GraphKey = ()) -> MacCount:

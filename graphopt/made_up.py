@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from graphopt.errors import DataError, GraphoptError
 from graphopt.feeds import Feed, Samples
-from graphopt.runtime import Session
+from graphopt.runtime import Session, arrays_in
 from graphopt.synthetic import synthetic_samples
 
 SAMPLES = 32
@@ -13,20 +15,34 @@ SAMPLES = 32
 def made_up_samples(session: Session, *, count: int = SAMPLES, seed: int = 0) -> Samples:
     """Seeded feeds for a session, of the first choice of open sizes that it runs on; see `synthetic_samples`.
 
+    A choice whose outputs have elements goes before one that leaves nothing of them, as pooling leaves of few pixels.
+
     Raises:
         DataError: it runs on none of them.
     """
     reasons: list[str] = []
+    empty: list[dict[str, tuple[int, ...]]] = []
 
-    def runs(feed: Feed) -> bool:
+    def fills(feed: Feed) -> bool:
         try:
-            session.run(feed)
+            outputs = session.run(feed)
         except GraphoptError as error:
             reasons.append(str(error))
             return False
-        return True
+        if all(array.size for value in outputs.values() for array in arrays_in(value)):
+            return True
+        empty.append(_shapes(feed))
+        return False
 
     try:
-        return synthetic_samples(session.inputs, count=count, seed=seed, runnable=runs)
+        return synthetic_samples(session.inputs, count=count, seed=seed, runnable=fills)
     except DataError as error:
+        if empty:
+            return synthetic_samples(
+                session.inputs, count=count, seed=seed, runnable=lambda feed: _shapes(feed) == empty[0]
+            )
         raise DataError(f"{error}; {reasons[0]}" if reasons else str(error)) from error
+
+
+def _shapes(feed: Feed) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in feed.items()}

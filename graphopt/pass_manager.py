@@ -29,7 +29,7 @@ from graphopt.pass_base import Context, Effect, Pass, PassResult
 from graphopt.pipeline import format_pass, format_pipeline
 from graphopt.report.records import PassRecord, Report
 from graphopt.runtime import open_session
-from graphopt.verification import Verdict, examine, judge, reordered_outputs
+from graphopt.verification import Verdict, examine, inferred_shapes, judge, reordered_outputs
 from graphopt.version import VERSION
 
 VERIFICATION_FEEDS = 2
@@ -160,7 +160,13 @@ class PassManager:
                 remove_unread_constants(candidate.graph)
             if before is not None and result.rewrites:
                 after = examine(candidate, feeds)
-                failure = judge(before, after, item.effect, lambda: reordered_outputs(model, feeds))
+                failure = judge(
+                    before,
+                    after,
+                    item.effect,
+                    lambda: reordered_outputs(model, feeds),
+                    lambda number: inferred_shapes(model, feeds[number]),
+                )
         except ModelError as error:  # onnxruntime refuses what the pass made of a model that it ran
             failure = str(error)
         except GraphoptError:

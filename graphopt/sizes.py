@@ -56,11 +56,14 @@ def candidate_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> list[dic
     return [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidate_shapes(specs)]
 
 
-def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape]) -> gs.Graph:
+def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape] | None) -> gs.Graph:
     """Return a copy of `graph` with shapes inferred for inputs of these shapes, by name; other sizes stay open.
 
-    Where that leaves tensors of unknown shape, the copy may be of a newer opset; tensors keep their names.
+    None stands for sizes as `at_assumed_sizes` assumes them. Where these leave tensors of unknown shape, the copy may
+    be of a newer opset; tensors keep their names.
     """
+    if shapes is None:
+        return at_assumed_sizes(graph)[0]
     best = _sized(graph, dict(shapes))
     if best.unknown and graph.opset < _FIRST_OPSET_TO_PROPAGATE_SHAPES:
         best = min(best, _sized(_with_newer_opset(graph), best.assumed), key=lambda sized: sized.unknown)

@@ -13,6 +13,7 @@ import importlib.util
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from graphopt.errors import ModelError
 from graphopt.graph import all_graphs, label_of
 from graphopt.model_io import Model, save_model
-from graphopt.sizes import candidate_sizes
+from graphopt.sizes import Shape, candidate_sizes
 
 _LIBRARIES = ("onnxruntime_ep_nv_tensorrt_rtx", "libtensorrt_rtx", "libtensorrt_onnxparser_rtx")  # a package, its files
 _BINDINGS = "tensorrt_rtx_bindings"  # find those libraries where they are loaded already
@@ -54,13 +55,15 @@ def compiler_name() -> str:
     return f"TensorRT for RTX {_compiler().__version__}"
 
 
-def prove(model: Model) -> TensorRTProof:
+def prove(model: Model, input_shapes: Mapping[str, Shape] | None = None) -> TensorRTProof:
     """Build an engine of a model and see what becomes of each node; the model is left as it is.
 
-    Open sizes of inputs are the first of those in `graphopt.synthetic` that TensorRT can build.
+    Args:
+        model: of any tool.
+        input_shapes: by name; None: open sizes are the first of those in `graphopt.synthetic` that TensorRT can build.
 
     Raises:
-        ModelError: TensorRT refuses the model.
+        ModelError: TensorRT refuses the model; names the sizes where it was free to choose them.
 
     """
     marked = model.copy()
@@ -68,7 +71,8 @@ def prove(model: Model) -> TensorRTProof:
     for number, node in enumerate(copies):
         node.name = f"graphopt_node_{number}_"
     try:
-        layers = _layers_at_some_sizes(marked)
+        candidates = candidate_sizes(marked.graph) if input_shapes is None else [input_shapes]
+        layers = _layers_at_some_sizes(marked, candidates)
     except ModelError as error:
         named = _MARK.sub(lambda match: label_of(nodes[int(match[1])]), str(error))
         raise ModelError(named) from error
@@ -90,16 +94,20 @@ def _is_int8(kinds: dict[str, bool]) -> bool:
     return any(own or kinds.values())
 
 
-def _layers_at_some_sizes(model: Model) -> list[re.Match[str]]:
+def _layers_at_some_sizes(model: Model, candidates: Sequence[Mapping[str, Shape]]) -> list[re.Match[str]]:
     errors: list[ModelError] = []
-    for shapes in candidate_sizes(model.graph):
+    for shapes in candidates:
         for tensor in model.graph.inputs:
             tensor.shape = shapes.get(tensor.name, tensor.shape)
         try:
             return _layers(model)
         except ModelError as error:
             errors.append(error)
-    raise next((error for error in errors if not isinstance(error, _NotParsedError)), errors[0])
+    refusal = next((error for error in errors if not isinstance(error, _NotParsedError)), errors[0])
+    if len(candidates) > 1:
+        first = ", ".join(f"{name} {list(shape)}" for name, shape in candidates[0].items())
+        raise ModelError(f"{refusal} (with inputs {first} and others: the model leaves sizes open)") from refusal
+    raise refusal
 
 
 class _NotParsedError(ModelError):

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import onnx
 
 from graphopt.errors import ModelError
-from graphopt.feeds import Feed
+from graphopt.feeds import Feed, fixed_size
 from graphopt.model_io import Model
 from graphopt.pass_base import Effect
 from graphopt.runtime import Array, Session, arrays_in, open_session
 from graphopt.shapes import hollow_model
+from graphopt.sizes import tensors_at
 
 Outputs = list[dict[str, Any]]  # by sample, by output name; what a session returns
+Shapes = dict[str, Sequence[Any] | None]  # of outputs, as shape inference has them
+_Difference = Callable[[int, str, list[Array], list[Array]], str | None]
 
 # Largest difference, relative to the largest magnitude in the output. float32 rounds at 6e-8 an operation, and
 # some hundred operations with sums over some thousand products lie between input and output. A probability near 0
@@ -70,8 +74,18 @@ def reordered_outputs(model: Model, feeds: Sequence[Feed]) -> Outputs | None:
         return None
 
 
+def inferred_shapes(model: Model, feed: Feed) -> Shapes:
+    """What shape inference finds for a model's outputs on a feed; sizes that it leaves open follow from values."""
+    tensors = tensors_at(model.graph, {name: np.shape(value) for name, value in feed.items()})
+    return {tensor.name: tensors[tensor.name].shape for tensor in model.graph.outputs}
+
+
 def judge(
-    before: Verdict, after: Verdict, effect: Effect, reordered: Callable[[], Outputs | None] | None = None
+    before: Verdict,
+    after: Verdict,
+    effect: Effect,
+    reordered: Callable[[], Outputs | None] | None = None,
+    inferred: Callable[[int], Shapes] | None = None,
 ) -> str | None:
     """What a pass broke, as a sentence; None when it broke nothing.
 
@@ -81,48 +95,54 @@ def judge(
         effect: what the pass declares.
         reordered: outputs of the graph from before with its operations in another order, which rounds otherwise; asked
             for where the outputs differ by more than most models' rounding.
+        inferred: `inferred_shapes` of the graph from before, on the feed of a number; asked for where a lossy pass
+            changed an output's size. How many boxes are found, or how many steps a Loop takes, follows from values.
     """
     if after.checker and not before.checker:
         return f"the ONNX checker refuses the result: {after.checker}"
     if after.shapes and not before.shapes:
         return f"strict shape inference refuses the result: {after.shapes}"
-    reason = _outputs_difference(before.outputs, after.outputs, effect, before.outputs)
+    if effect is Effect.LOSSY:
+        lossy = partial(_lossy_difference, inferred and cache(inferred))
+        return _outputs_difference(before.outputs, after.outputs, lossy)
+    reason = _outputs_difference(before.outputs, after.outputs, partial(_difference, effect, before.outputs))
     if reason is not None and reordered is not None and (again := reordered()) is not None:
-        return _outputs_difference(before.outputs, after.outputs, effect, again)
+        return _outputs_difference(before.outputs, after.outputs, partial(_difference, effect, again))
     return reason
 
 
-def _outputs_difference(expected: Outputs, found: Outputs, effect: Effect, reordered: Outputs) -> str | None:
-    for number, (before, after, again) in enumerate(zip(expected, found, reordered, strict=True)):
+def _outputs_difference(expected: Outputs, found: Outputs, difference: _Difference) -> str | None:
+    for number, (before, after) in enumerate(zip(expected, found, strict=True)):
         for name, value in before.items():
             if name not in after:
                 return f"output '{name}' is gone"
-            reason = _difference(arrays_in(value), arrays_in(after[name]), arrays_in(again[name]), effect)
+            ours, theirs = arrays_in(value), arrays_in(after[name])
+            if len(ours) != len(theirs):
+                reason: str | None = f"held {len(ours)} arrays and holds {len(theirs)}"
+            else:
+                reason = difference(number, name, ours, theirs)
             if reason is not None:
                 return f"output '{name}' of sample {number} {reason}"
     return None
 
 
 def _difference(
-    expected: Sequence[Array], found: Sequence[Array], reordered: Sequence[Array], effect: Effect
+    effect: Effect, reordered: Outputs, number: int, name: str, expected: list[Array], found: list[Array]
 ) -> str | None:
-    if len(expected) != len(found):
-        return f"held {len(expected)} arrays and holds {len(found)}"
-    if [array.shape for array in reordered] != [array.shape for array in expected]:
-        reordered = expected
-    reasons = (_array_difference(*arrays, effect) for arrays in zip(expected, found, reordered, strict=True))
+    again = arrays_in(reordered[number][name])
+    if [array.shape for array in again] != [array.shape for array in expected]:
+        again = expected
+    reasons = (_array_difference(*arrays, effect) for arrays in zip(expected, found, again, strict=True))
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def _array_difference(expected: Array, found: Array, reordered: Array, effect: Effect) -> str | None:
     if expected.shape != found.shape or expected.dtype != found.dtype:
-        return f"was {expected.dtype} {expected.shape} and is {found.dtype} {found.shape}"
+        return _other_shape(expected, found)
     if expected.size == 0 or expected.dtype.kind not in "fiub":
-        return None if np.array_equal(expected, found) or effect is Effect.LOSSY else "changed"
-    if expected.dtype.kind == "f" and not np.array_equal(np.isfinite(expected), np.isfinite(found)):
-        return "has become NaN or infinite in places where it was not"
-    if effect is Effect.LOSSY:
-        return None
+        return None if np.array_equal(expected, found) else "changed"
+    if (reason := _new_nonfinite(expected, found)) is not None:
+        return reason
     if expected.dtype.kind != "f":
         moved = float(np.mean(expected != found))
         allowed = 0.0 if effect is Effect.EXACT else _INTEGER_MISMATCH
@@ -136,6 +156,39 @@ def _array_difference(expected: Array, found: Array, reordered: Array, effect: E
     if difference > max(tolerance * largest + _STEP_AT_ONE, _TIMES_ROUNDING * rounding):
         return f"differs by {difference:.3g}, where its largest value is {largest:.3g}"
     return None
+
+
+def _lossy_difference(
+    inferred: Callable[[int], Shapes] | None, number: int, name: str, expected: list[Array], found: list[Array]
+) -> str | None:
+    """Of values a lossy pass may change all, but none to NaN; of sizes those that follow from values."""
+    for ours, theirs in zip(expected, found, strict=True):
+        if ours.dtype != theirs.dtype or ours.ndim != theirs.ndim:
+            return _other_shape(ours, theirs)
+        if ours.shape == theirs.shape:
+            if (reason := _new_nonfinite(ours, theirs)) is not None:
+                return reason
+        elif inferred is None or not _follows_from_values(ours, theirs, inferred(number)[name]):
+            return _other_shape(ours, theirs)
+    return None
+
+
+def _follows_from_values(ours: Array, theirs: Array, inferred: Sequence[Any] | None) -> bool:
+    """Whether shape inference leaves every size open that differs."""
+    if inferred is None:
+        return True
+    sizes = zip(ours.shape, theirs.shape, inferred, strict=True)
+    return all(one == other or fixed_size(known) is None for one, other, known in sizes)
+
+
+def _new_nonfinite(expected: Array, found: Array) -> str | None:
+    if expected.dtype.kind == "f" and not np.array_equal(np.isfinite(expected), np.isfinite(found)):
+        return "has become NaN or infinite in places where it was not"
+    return None
+
+
+def _other_shape(expected: Array, found: Array) -> str:
+    return f"was {expected.dtype} {expected.shape} and is {found.dtype} {found.shape}"
 
 
 def _checker_objection(shell: onnx.ModelProto) -> str | None:

@@ -177,8 +177,7 @@ class InsertQdq(Pass):
         if self.autotune:
             slower, measured = _slower_here(graph, target, placements, excluded, ranges, context)
         elif target.costs is not None and not self.small_islands:
-            feed = _first_sample(context)
-            shapes = None if feed is None else {name: value.shape for name, value in feed.items()}
+            shapes = None if context.samples is None else context.samples.first_shapes()
             slower = too_small(graph, placements, target.costs, shapes)
         if slower:
             excluded |= slower

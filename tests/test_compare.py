@@ -17,6 +17,7 @@ from graphopt.compare import Comparison, OutputComparison, compare_sessions
 from graphopt.data import load_samples
 from graphopt.errors import DataError, GraphoptError, ModelError
 from graphopt.feeds import Feed, InputSpec, Samples
+from graphopt.held_out import noise_to_signal
 from graphopt.runtime import open_session
 
 
@@ -176,6 +177,28 @@ class TestAgreement:
         assert compared([[True, False]], [[False, False]]).max_error == 1
 
 
+class TestArraysOfOtherSizes:
+    """How many boxes a detector finds follows from its values."""
+
+    def test_are_counted_and_left_out(self) -> None:
+        found = compared([[3.0, 4.0], [1.0]], [[3.0, 5.0], [1.0, 2.0]])
+        assert (found.arrays, found.resized, found.max_error) == (2, 1, 1)
+        assert found.sqnr_db == pytest.approx(10 * math.log10(25))
+
+    @pytest.mark.parametrize("values", [1.0, 1, "a"])
+    def test_leave_nothing_to_compare_where_all_are(self, values: object) -> None:
+        found = compared([[values]], [[values, values]])
+        assert math.isnan(found.sqnr_db)
+        assert math.isnan(found.cosine)
+        assert found.agreement is None
+
+    @pytest.mark.parametrize(("resized", "error"), [(0, 0.01), (1, 0.505), (2, 1)])
+    def test_are_all_noise_in_what_passes_judge_by(self, resized: int, error: float) -> None:
+        reference, other = [[1.0]] * 2, [[1.1]] * (2 - resized) + [[1.0, 1.0]] * resized
+        sessions = Playback(y=reference), Playback(y=other)
+        assert noise_to_signal(*sessions, numbers(2)) == pytest.approx(error)  # type: ignore[arg-type]
+
+
 class TestLimits:
     def test_are_kept_at_their_exact_value(self) -> None:
         comparison = Comparison((output(sqnr_db=30.0, agreement=0.99),), 1)
@@ -207,6 +230,14 @@ class TestLimits:
         comparison = Comparison((output(nonfinite_new=3),), 1)
         assert comparison.shortfalls() == ["output 'y' has 3 NaN or infinite values where the reference has none"]
 
+    def test_are_not_needed_for_other_sizes(self) -> None:
+        resized = output(arrays=4, resized=1, first_resized="shape (2,) in the reference and (3,) in the other model")
+        (sentence,) = Comparison((resized, output(name="z")), 4).shortfalls()
+        assert sentence == (
+            "output 'y' has other sizes than in the reference in 1 of 4 arrays, shape (2,) in the reference and (3,) "
+            "in the other model; these are left out of its figures"
+        )
+
     def test_outputs_are_sorted_with_the_worst_first(self) -> None:
         values = {"a": 20.0, "b": math.inf, "c": math.nan, "d": -math.inf}
         comparison = Comparison(tuple(output(name=name, sqnr_db=value) for name, value in values.items()), 1)
@@ -226,9 +257,9 @@ class TestRefusals:
             ),
             (
                 {"y": [[1.0]]},
-                {"y": [[1.0, 2.0]]},
+                {"y": [[[1.0]]]},
                 ModelError,
-                "'y' has shape (1,) in the reference and (2,) in the other",
+                "'y' has shape (1,) in the reference and (1, 1) in the other",
             ),
             (
                 {"y": [1.0]},

@@ -58,6 +58,7 @@ def pool_of(attributes, sizes="8,9,7", result="C,D"):
         (', auto_pad="SAME_UPPER", count_include_pad=1', ["Conv"]),
         (", pads=[0,1,2,1], strides=[2,1]", ["Conv", "Mul"]),
         (', auto_pad="SAME_LOWER", strides=[2,2]', ["Conv", "Mul"]),
+        (", dilations=[1,3]", ["Conv"]),
     ],
 )
 def test_an_average_pool_equals_what_stands_for_it(attributes, operators):
@@ -80,6 +81,9 @@ def test_an_average_pool_equals_what_stands_for_it(attributes, operators):
         (", ceil_mode=1", "8,9,7"),
         ("", "C,9,7"),
         (", pads=[1,1,1,1]", "8,H,W"),
+        ("", "8,9,W"),  # of two columns a pool takes the mean, and a Conv fails
+        (", pads=[0,1,0,0], count_include_pad=1", "8,9,W"),
+        (", dilations=[1,4]", "8,9,7"),
     ],
 )
 def test_an_average_pool_that_no_conv_stands_for_stays(attributes, sizes):

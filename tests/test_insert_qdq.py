@@ -341,3 +341,21 @@ def test_sixteen_bits_are_more_exact_than_eight():
         result = graphopt.optimize(MODELS / "fmnist_resnet.onnx", passes, data=data)
         found[kind] = min(output.sqnr_db for output in result.report.check.comparison.outputs)
     assert found["uint16"] > found["uint8"] + 3  # the weights keep 8 bits
+
+
+@pytest.mark.parametrize("target", targets())
+def test_a_model_whose_output_sizes_follow_from_values_is_quantized_and_says_where_they_differ(target):
+    """As a detector's do, which finds one box more."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,16,16,16] x) => (float[1,16,16,16] y, int64[4,N] places)
+        <float[16,16,3,3] w, float limit = {0}>
+        { y = Conv<pads=[1,1,1,1]>(x, w) g = Greater(y, limit) places = NonZero(g) }
+    """
+    values = np.random.default_rng(0).standard_normal((4, 1, 16, 16, 16)).astype(np.float32)
+    result = graphopt.optimize(
+        model_of(text), "calibrate,qdq:small_islands=true", data=[{"x": each} for each in values], target=target
+    )
+    assert [record.failure for record in result.report.passes] == [None, None]
+    (told,) = [warning for warning in result.report.warnings if "other sizes" in warning]
+    assert told.startswith("output 'places' has other sizes than in the reference in ")

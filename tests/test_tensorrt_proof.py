@@ -40,13 +40,13 @@ def test_without_the_compiler_lint_says_that_it_did_not_ask_it(monkeypatch):
 
 
 def test_what_the_compiler_says_becomes_findings_and_figures(monkeypatch):
-    def refuse(model):
+    def refuse(model, input_shapes):
         raise ModelError("it is too good")
 
-    def all_float(model):
+    def all_float(model, input_shapes):
         return TensorRTProof(frozenset(), frozenset(id(node) for node in model.graph.nodes))
 
-    def all_int8(model):
+    def all_int8(model, input_shapes):
         return TensorRTProof(frozenset(id(node) for node in model.graph.nodes), frozenset())
 
     monkeypatch.setattr(tensorrt_build, "has_compiler", lambda: True)
@@ -130,6 +130,19 @@ def test_an_error_names_the_node_and_not_a_place_in_the_source():
         prove(load_model(model))
     assert "cpp" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@compiled
+def test_open_sizes_are_those_of_the_inputs_where_these_are_known():
+    """A kernel of 40 frames, which none of the sizes that are made up for the first axis has."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]> g (float[T,8] x) => (float[A,B,C,D] y)
+        <float[4,1,40,3] w, int64[2] axes = {0,1}> { p = Unsqueeze(x, axes) y = Conv(p, w) }
+    """
+    model = load_model(model_of(text))
+    with pytest.raises(ModelError, match=r"\(with inputs x \[1, 8\] and others: the model leaves sizes open\)"):
+        prove(model)
+    assert len(prove(model, {"x": (64, 8)}).in_float) > 0
 
 
 @compiled

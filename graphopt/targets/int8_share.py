@@ -22,7 +22,7 @@ def share_of_macs(subject: Subject, nodes: Collection[int]) -> float | None:
 
 def _macs(subject: Subject) -> Mapping[Place, int]:
     try:
-        return macs_by_operator(subject.model.graph)
+        return macs_by_operator(subject.model.graph, subject.input_shapes)
     except ModelError:  # shape inference refuses it
         return {}
 

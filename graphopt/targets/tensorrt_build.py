@@ -65,7 +65,7 @@ def proof(subject: Subject) -> TensorRTProof | ModelError | None:
     if not has_compiler():
         return None
     try:
-        return prove(subject.model)
+        return prove(subject.model, subject.input_shapes)
     except ModelError as error:
         return error
 

@@ -1,0 +1,21 @@
+"""Made-up inputs, tried on the model."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from graphopt.made_up import made_up_samples
+from graphopt.runtime import open_session
+
+
+def first_shape(last_axis_from):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[N,T] x) => (float[A,B] y)
+        <int64[1] start = {{{last_axis_from}}}, int64[1] end = {{100000}}, int64[1] axis = {{1}}>
+        {{ y = Slice(x, start, end, axis) }}"""
+    return next(iter(made_up_samples(open_session(onnx.parser.parse_model(text)))))["x"].shape
+
+
+@pytest.mark.parametrize(("start", "shape"), [(0, (1, 16)), (40, (1, 128)), (50_000, (1, 16))])
+def test_sizes_that_leave_nothing_of_an_output_are_the_last_resort(start, shape):
+    assert first_shape(start) == shape
