@@ -16,7 +16,7 @@ have saved there, and a tensor that crosses it its conversion. An estimate is on
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -25,7 +25,7 @@ from networkx.algorithms.flow import boykov_kolmogorov
 
 from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import all_graphs, is_constant, producer
-from graphopt.macs import count_macs
+from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
 from graphopt.targets import DEPTHWISE, FEW_ROWS, Costs
@@ -115,7 +115,11 @@ def _links(placement: Placement, kept: Mapping[int, gs.Node]) -> Iterator[Link]:
 
 
 def too_small(
-    graph: gs.Graph, placements: Sequence[Placement], costs: Costs, input_shapes: Mapping[str, Shape] | None = None
+    graph: gs.Graph,
+    placements: Sequence[Placement],
+    costs: Costs,
+    input_shapes: Mapping[str, Shape] | None = None,
+    observed: Callable[[gs.Tensor], float | None] = lambda _: None,
 ) -> dict[int, str]:
     """By id of an operator that does not pay, why.
 
@@ -124,12 +128,14 @@ def too_small(
         placements: of that graph and its branches.
         costs: of its target.
         input_shapes: by input name; None: open sizes are assumed as in `graphopt.sizes`.
+        observed: how many values a tensor of `graph` had in calibration in a sample, on average, which counts where its
+            shape follows from no input's; None: not known.
     """
     sized = at_sizes(graph, input_shapes)
     counterparts = dict(zip(map(id, all_graphs(graph)), all_graphs(sized), strict=True))
     reasons: dict[int, str] = {}
     for placement in placements:
-        trade = _Trade(counterparts[id(placement.graph)], costs)
+        trade = _Trade(counterparts[id(placement.graph)], costs, observed)
         for island in islands_of(placement):
             reasons |= trade.losing(island)
     return reasons
@@ -138,15 +144,20 @@ def too_small(
 class _Trade:
     """What operators save in int8, and what it costs to convert tensors; in ns."""
 
-    def __init__(self, sized: gs.Graph, costs: Costs) -> None:
+    def __init__(
+        self, sized: gs.Graph, costs: Costs, observed: Callable[[gs.Tensor], float | None] = lambda _: None
+    ) -> None:
         self.costs = costs
+        self.observed = observed
         self.macs = count_macs(sized).by_node
+        self.results: dict[int, gs.Tensor] = {}  # by id of an operator, what is quantized of it
         tensors = (tensor for node in sized.nodes for tensor in (*node.inputs, *node.outputs))
         self.shapes = {tensor.name: fixed_shape(tensor) for tensor in tensors}
 
     def losing(self, island: Island) -> dict[int, str]:
         """By id of an operator without which the island saves most, why it should stay float."""
-        known = all(self.shapes.get(tensor.name) is not None for tensor in island.borders)
+        self.results |= {id(link.computed_by): link.tensor for link in island.links if link.computed_by is not None}
+        known = all(self._size(tensor) is not None for tensor in island.borders)
         if not known or not any(map(self._macs, island.nodes)):
             return {}
         _, (kept, _) = nx.minimum_cut(self._flow(island), _INT8, _FLOAT, flow_func=boykov_kolmogorov)
@@ -161,7 +172,7 @@ class _Trade:
         slower = f", lose {lost / 1e3:.1f} us in slower kernels" if lost else ""
         conversions = f", spend {spent / 1e3:.1f} us {more}on conversions" if spent > 0 else ""
         reason = (
-            f"{sum(map(self._macs, losing)):,} MACs {place}: int8 would save some {saved / 1e3:.1f} us"
+            f"{sum(map(self._macs, losing)):,.0f} MACs {place}: int8 would save some {saved / 1e3:.1f} us"
             f"{slower}{conversions} (qdq:small_islands=true quantizes it)"
         )
         return {id(node): reason for node in losing}
@@ -194,16 +205,16 @@ class _Trade:
         return sum(cost for cost in converted if cost is not None)
 
     def _conversion(self, tensor: gs.Tensor) -> float | None:
-        shape = self.shapes.get(tensor.name)
-        return None if shape is None else self.costs.border_ns + self.costs.border_ns_per_element * math.prod(shape)
+        size = self._size(tensor)
+        return None if size is None else self.costs.border_ns + self.costs.border_ns_per_element * size
 
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)
         if macs:
             return macs * self.costs.saved_ns_per_mac.get(_kind(node, macs), 0.0)
         fixed, per_value = self.costs.saved_ns_and_per_value.get(node.op, (0.0, 0.0))
-        shape = self.shapes.get(node.outputs[0].name)
-        return fixed + per_value * math.prod(shape) if shape is not None else 0.0
+        size = self._size_of_result(node)
+        return 0.0 if size is None else fixed + per_value * size
 
     def _fused_behind(self, island: Island) -> dict[int, int | str]:
         """By id of an operator that is part of a float one before it, what must be in int8 for it to save anything."""
@@ -214,11 +225,23 @@ class _Trade:
             if user.op in self.costs.fused_in_float
         }
 
-    def _macs(self, node: gs.Node) -> int:
-        return self.macs.get(node.outputs[0].name, 0)
+    def _macs(self, node: gs.Node) -> float:
+        known = self.macs.get(node.outputs[0].name)
+        return (
+            macs_with_weight(node, self._size(node.inputs[0]), self._size_of_result(node)) if known is None else known
+        )
+
+    def _size_of_result(self, node: gs.Node) -> float | None:
+        """How many values a node computes; calibration may know only what an activation makes of them."""
+        size = self._size(node.outputs[0])
+        return self._size(self.results[id(node)]) if size is None and id(node) in self.results else size
+
+    def _size(self, tensor: gs.Tensor) -> float | None:
+        shape = self.shapes.get(tensor.name)
+        return self.observed(tensor) if shape is None else math.prod(shape)
 
 
-def _kind(node: gs.Node, macs: int) -> str:
+def _kind(node: gs.Node, macs: float) -> str:
     """What an operator is called in a table of costs."""
     op: str = node.op
     if is_depthwise(node):

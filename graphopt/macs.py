@@ -23,7 +23,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from graphopt.frame import GraphKey, nested_key
-from graphopt.graph import bodies
+from graphopt.graph import bodies, is_constant
 from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
 
 Place = tuple[GraphKey, str]
@@ -51,6 +51,23 @@ def macs_by_node(graph: gs.Graph) -> dict[str, int]:
     """
     sized, _ = at_assumed_sizes(graph)
     return count_macs(sized).by_node
+
+
+def macs_with_weight(node: gs.Node, read: float | None, computed: float | None) -> float:
+    """MACs of a Conv or product with a constant weight, by how many values it reads and computes; of others 0.
+
+    Of a Conv those that it computes must be known, of a product those that it reads.
+    """
+    if len(node.inputs) < 2 or not is_constant(node.inputs[1]):
+        return 0
+    shape = [int(size) for size in node.inputs[1].shape]
+    if node.op == "Conv":
+        return (computed or 0) * math.prod(shape[1:])
+    if node.op == "MatMul":
+        return (read or 0) * (shape[-1] if len(shape) > 1 else 1)
+    if node.op == "Gemm":
+        return (read or 0) * shape[0 if node.attrs.get("transB") else 1]
+    return 0
 
 
 def macs_by_operator(graph: gs.Graph, input_shapes: Mapping[str, Shape] | None = None) -> dict[Place, int]:

@@ -16,7 +16,7 @@ A graph output that carries a pair keeps its name, on the DQ. Per-channel scales
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -25,7 +25,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from graphopt.autotune import tune
-from graphopt.branch_tensors import branch_tensors
+from graphopt.branch_tensors import branch_tensors, range_names
 from graphopt.calibrated_placement import place_calibrated
 from graphopt.decompositions import decompose, is_decomposed, write_clips_as_limits
 from graphopt.errors import PipelineError
@@ -178,7 +178,7 @@ class InsertQdq(Pass):
             slower, measured = _slower_here(graph, target, placements, excluded, ranges, context)
         elif target.costs is not None and not self.small_islands:
             shapes = None if context.samples is None else context.samples.first_shapes()
-            slower = too_small(graph, placements, target.costs, shapes)
+            slower = too_small(graph, placements, target.costs, shapes, _observed_sizes(graph, ranges))
         if slower:
             excluded |= slower
             placements = place_calibrated(graph, target, excluded, ranges)
@@ -305,6 +305,17 @@ def _without_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str]) -
 
 def _first_sample(context: Context) -> Feed | None:
     return None if context.samples is None else next(iter(context.samples), None)
+
+
+def _observed_sizes(graph: gs.Graph, ranges: Ranges) -> Callable[[gs.Tensor], float | None]:
+    """How many values a tensor of the graph, or of its branches, had in a sample."""
+    called = range_names(graph)
+
+    def size_of(tensor: gs.Tensor) -> float | None:
+        found = ranges.tensors.get(called.get(id(tensor), tensor.name))
+        return found.count / ranges.samples if found is not None and found.count and ranges.samples else None
+
+    return size_of
 
 
 def _slower_here(

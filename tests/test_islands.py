@@ -1,5 +1,6 @@
 """Which int8 islands a graph has, which are too small to pay, and what measuring them decides."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -59,6 +60,17 @@ def test_the_sizes_of_the_inputs_decide_what_is_too_small():
     placements = place_all(graph, ORT_CPU)
     assert too_small(graph, placements, COSTS, {"x": (1, 16, 8, 8)})
     assert not too_small(graph, placements, COSTS, {"x": (64, 16, 8, 8)})
+
+
+@pytest.mark.parametrize(("body", "borders"), [(f"c = {CONV}(x, w, b) y = Relu(c)", 2), ("y = MatMul(x, m)", 1)])
+@pytest.mark.parametrize(("values", "stays"), [(None, False), (650, True), (700, False)])
+def test_what_calibration_saw_decides_where_no_shape_is_known(body, borders, values, stays):
+    """Of each value that the Conv computes, or the product reads, 144 MACs of 0.01 ns; a border takes 1 us."""
+    graph = graph_of(body, weights="float[8,144] m")
+    costs = replace(COSTS, saved_ns_per_mac={"Conv": 0.01, "MatMul": 0.01})
+    observed = None if values is None else borders * values
+    losing = too_small(graph, place_all(graph, ORT_CPU), costs, {}, lambda tensor: observed)
+    assert bool(losing) == stays
 
 
 def test_a_depthwise_conv_alone_saves_nothing():

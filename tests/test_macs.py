@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx.parser
 import pytest
+from texts import model_of
 
-from graphopt.macs import count_macs, macs_by_node, macs_by_operator
+from graphopt.macs import count_macs, macs_by_node, macs_by_operator, macs_with_weight
 from graphopt.model_io import load_model
 from graphopt.sizes import at_assumed_sizes
 
@@ -63,6 +64,27 @@ def macs_of(inputs: str, nodes: str, output: str = "float[?] y") -> dict[str, in
 )
 def test_counts_one_node_as_by_hand(inputs: str, node: str, macs: int) -> None:
     assert macs_of(inputs, node) == ({"y": macs} if macs else {})
+
+
+@pytest.mark.parametrize(
+    ("node", "macs"),
+    [
+        ("y = Conv <pads = [1,1,1,1]> (x, w)", 5 * 18),
+        ("y = MatMul (x, m)", 7 * 3),
+        ("y = MatMul (x, v)", 7),
+        ("y = Gemm (x, m)", 7 * 3),
+        ("y = Gemm <transB = 1> (x, m)", 7 * 4),
+        ("y = MatMul (m, x)", 0),
+        ("y = Mul (x, v)", 0),
+        ("y = Relu (x)", 0),
+    ],
+)
+def test_counts_from_the_number_of_values_where_the_weight_is_constant(node: str, macs: int) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[?] x) => (float[?] y)
+        <float[6,2,3,3] w, float[4,3] m, float[4] v> {{ {node} }}"""
+    (found,) = load_model(model_of(text)).graph.nodes
+    assert macs_with_weight(found, read=7, computed=5) == macs
+    assert macs_with_weight(found, read=None, computed=None) == 0
 
 
 def test_counts_a_convolution_between_dequantize_and_quantize() -> None:
