@@ -42,6 +42,7 @@ from graphopt.placement import Placement, node_label, place_all
 from graphopt.quantization import QuantType
 from graphopt.ranges import Ranges
 from graphopt.ranges_files import unmatched_names
+from graphopt.repeated_pixels import repeat_pixels
 from graphopt.shapes import infer_shapes
 from graphopt.targets import Blocks, Role, Target, targets
 from graphopt.weight_blocks import OPSET as BLOCKS_OPSET
@@ -363,10 +364,12 @@ def _quantize(
         infer_shapes(graph)
         placements = place_calibrated(graph, target, excluded, ranges)
     insert_pairs(graph, target, placements, ranges)
-    if target.dense_convs is not None:
-        names = Names(graph)
-        for each in placements:
+    names = Names(graph)
+    for each in placements:
+        if target.dense_convs is not None:
             pad_input_channels(each.graph, each.nodes, target.dense_convs, names)
+        if target.repeats_pixels:
+            repeat_pixels(each.graph, each.nodes, names)
     if target.clips_hide_products:
         floating = {op for op, rule in target.rules.items() if rule.role is Role.GAINS and not rule.needs_output}
         write_clips_as_limits(graph, [node for each in placements for node in each.nodes if node.op in floating])

@@ -46,6 +46,7 @@ from graphopt.graph import (
     producer,
     remove_nodes,
     replace_uses,
+    set_input,
     set_output,
 )
 from graphopt.moved_integers import fills_with_integer_zero, moved_inputs, set_fill, sources_of
@@ -122,12 +123,24 @@ class _Stripping:
 
     def remove_unread(self, graph: gs.Graph) -> None:
         """Remove what nothing reads any more: nodes that moved integers, and QuantizeLinear nodes."""
+        for node in graph.nodes:
+            if node.op in _SIZES and (real := self._same_sizes(node.inputs[0])) is not None:
+                set_input(node, 0, real)
         graph.toposort()
         for node in reversed(list(graph.nodes)):
             if id(node) in self.replaced and not any(each.outputs or id(each) in self.named for each in node.outputs):
                 remove_nodes(graph, [node])
                 self.replaced[id(node)].name = node.name
         remove_nodes(graph, [node for node in graph.nodes if self._is_idle_quantizer(node)])
+
+    def _same_sizes(self, stored: gs.Tensor) -> gs.Tensor | None:
+        """The real values that integers stand for, or that are moved like them: what has their sizes."""
+        node = producer(stored)
+        if (found := quantizer_of(node)) is not None and found.quantizes:
+            return found.data
+        if node is None or (moved := self.replaced.get(id(node))) is None:
+            return None
+        return moved.outputs[next(index for index, output in enumerate(node.outputs) if output is stored)]
 
     def _is_idle_quantizer(self, node: gs.Node) -> bool:
         found = quantizer_of(node)
@@ -273,6 +286,7 @@ class _Stripping:
 
 
 _INTEGER_OPERATORS = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "MatMulNBits"})
+_SIZES = frozenset({"Shape", "Size"})
 _LIMITS_AS_INPUTS = 11  # the opset since which those of Clip are
 
 

@@ -300,6 +300,15 @@ def test_an_operator_that_moves_integers_is_the_same_one_on_floats(name):
     assert result.parts["activations"] == 1
 
 
+@pytest.mark.parametrize("moved", ["q", "MaxPool<kernel_shape=[2,2]>(q)"])
+def test_sizes_of_integers_are_those_of_floats(moved):
+    real = moved.replace("q", "x")
+    p, f = ("q", "") if moved == "q" else ("p", f"p = {real} ")
+    integers = "" if moved == "q" else f"p = {moved} "
+    body = f"q = QuantizeLinear(x, s, z) {integers} n = Shape({p}) m = Reshape({p}, n) y = DequantizeLinear(m, s, z)"
+    assert_strips_to(body, f"{f} n = Shape({p.replace('q', 'x')}) y = Reshape({p.replace('q', 'x')}, n)")
+
+
 def test_the_integer_zero_that_a_pad_adds_becomes_what_it_stands_for():
     body = "r = Relu(x) q = QuantizeLinear(r, s, low) m = Pad(q, pads) y = DequantizeLinear(m, s, low)"
     assert_strips_to(body, "r = Relu(x) k = Constant<value_float=6.4>() y = Pad(r, pads, k)", constants=MOVED)

@@ -177,6 +177,7 @@ class Target:
         block_weights: weights in blocks that `qdq:weights` may ask for, by name.
         channel_multiple: kernels are fastest at channel counts that are multiples of it.
         dense_convs: what Convs that read a model's inputs are padded for (`graphopt.padded_channels`); None: nothing.
+        repeats_pixels: between int8 Convs its Resize is slower than copies (`graphopt.repeated_pixels`).
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
         lint_rules: what `graphopt lint` holds a model against; see `graphopt.lint_rule`.
@@ -203,6 +204,7 @@ class Target:
     block_weights: Mapping[str, Blocks] = field(default_factory=dict)
     channel_multiple: int = 8
     dense_convs: DenseConvs | None = None
+    repeats_pixels: bool = False
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
     lint_rules: tuple[LintRule, ...] = ()
