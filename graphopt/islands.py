@@ -31,6 +31,7 @@ from graphopt.sizes import Shape, at_sizes, fixed_shape
 from graphopt.targets import DEPTHWISE, FEW_ROWS, Costs
 
 _FEW_ROWS = 16
+_FEW_CHANNELS, _FEW_OUTPUTS = 4, 16
 _INT8, _FLOAT = "int8", "float"  # the two sides of the cut
 
 
@@ -211,7 +212,8 @@ class _Trade:
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)
         if macs:
-            return macs * self.costs.saved_ns_per_mac.get(_kind(node, macs), 0.0)
+            saved = macs * self.costs.saved_ns_per_mac.get(_kind(node, macs), 0.0)
+            return saved - _copies(node, macs) * self.costs.copied_ns
         fixed, per_value = self.costs.saved_ns_and_per_value.get(node.op, (0.0, 0.0))
         size = self._size_of_result(node)
         return 0.0 if size is None else fixed + per_value * size
@@ -239,6 +241,15 @@ class _Trade:
     def _size(self, tensor: gs.Tensor) -> float | None:
         shape = self.shapes.get(tensor.name)
         return self.observed(tensor) if shape is None else math.prod(shape)
+
+
+def _copies(node: gs.Node, macs: float) -> float:
+    """How many places a Conv of few channels copies: each of its kernel for each of its result."""
+    if node.op != "Conv" or node.attrs.get("group", 1) > 1:
+        return 0
+    outputs, channels, *kernel = node.inputs[1].shape
+    few = channels < _FEW_CHANNELS and outputs < _FEW_OUTPUTS and math.prod(kernel) > 1
+    return macs / (outputs * channels) if few else 0
 
 
 def _kind(node: gs.Node, macs: float) -> str:

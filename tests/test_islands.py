@@ -18,6 +18,7 @@ from graphopt.islands import _Trade, islands_of, too_small
 from graphopt.model_io import load_model
 from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
+from graphopt.shapes import infer_shapes
 from graphopt.targets import DEPTHWISE, Costs
 from graphopt.targets.ort_cpu import ORT_CPU
 
@@ -76,6 +77,19 @@ def test_what_calibration_saw_decides_where_no_shape_is_known(body, borders, val
 def test_a_depthwise_conv_alone_saves_nothing():
     graph = graph_of("y = Conv<pads=[1,1,1,1], group=16>(x, k, b)", weights="float[16,1,3,3] k")
     assert too_small(graph, place_all(graph, ORT_CPU), COSTS, {"x": (1000, 16, 8, 8)})
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stays"),
+    [(1, 1, 3, True), (3, 15, 3, True), (3, 16, 3, False), (4, 15, 3, False), (1, 1, 1, False)],
+)
+def test_a_conv_of_few_channels_loses_what_its_copies_cost(channels, outputs, kernel, stays):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[1,{channels},64,64] x) => (float[1,{outputs},A,B] y)
+        <float[{outputs},{channels},{kernel},{kernel}] w> {{ y = Conv(x, w) }}"""
+    graph = load_model(model_of(text)).graph
+    infer_shapes(graph)
+    costs = replace(COSTS, border_ns=0, copied_ns=1.0)
+    assert bool(too_small(graph, place_all(graph, ORT_CPU), costs)) == stays
 
 
 def test_an_island_whose_depthwise_convs_lose_what_the_others_save_is_named():

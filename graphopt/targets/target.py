@@ -95,6 +95,8 @@ class Costs:
         saved_ns_and_per_value: by operator type, of others with an int8 kernel that is faster or slower: once, and for
             each value of the output.
         fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
+        copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
+            they read copies, of so few values at a time that to copy takes longer than to compute.
         border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
         border_ns_per_element: of the tensor there.
     """
@@ -104,6 +106,7 @@ class Costs:
     border_ns_per_element: float
     saved_ns_and_per_value: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fused_in_float: frozenset[str] = frozenset()
+    copied_ns: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
