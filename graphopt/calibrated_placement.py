@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import onnx_graphsurgeon as gs
 
+from graphopt.branch_tensors import range_names
 from graphopt.errors import PipelineError
-from graphopt.placement import Placement, place_all
+from graphopt.graph import constant_of
+from graphopt.moved_integers import sources_of
+from graphopt.placement import Activation, Placement, place_all
 from graphopt.ranges import Ranges
 from graphopt.targets import Target
 
@@ -17,6 +23,9 @@ def place_calibrated(
 ) -> tuple[Placement, ...]:
     """The placements, as `place_all` has them, over tensors whose ranges are known.
 
+    A tensor without a range that holds elements of one with a range has that one's: where the operator that computes
+    the other stays float, so does what moves its values, and the pair stands behind that.
+
     Args:
         graph: as `place_all`.
         target: the table to follow.
@@ -26,7 +35,8 @@ def place_calibrated(
     Raises:
         PipelineError: no range fits the graph.
     """
-    placements = place_all(graph, target, excluded)
+    names = range_names(graph)
+    placements = _placed(graph, target, excluded, ranges, names)
     wanted = [name for each in placements for name in each.observed]
     if wanted and ranges.tensors and not any(name in ranges.tensors for name in wanted):
         raise PipelineError(
@@ -44,8 +54,41 @@ def place_calibrated(
         for users, name in missing:
             for node in users:
                 excluded.setdefault(id(node), f"no range is known for {name}")
-        placements = place_all(graph, target, excluded)
+        placements = _placed(graph, target, excluded, ranges, names)
     return placements
+
+
+def _placed(
+    graph: gs.Graph, target: Target, excluded: Mapping[int, str], ranges: Ranges, names: Mapping[int, str]
+) -> tuple[Placement, ...]:
+    return tuple(
+        replace(
+            placement,
+            activations={
+                name: _with_known_range(found, ranges, names) for name, found in placement.activations.items()
+            },
+        )
+        for placement in place_all(graph, target, excluded)
+    )
+
+
+def _with_known_range(activation: Activation, ranges: Ranges, names: Mapping[int, str]) -> Activation:
+    """The activation with the range of the one tensor whose elements it holds, where it has none itself."""
+    if activation.range_name in ranges.tensors:
+        return activation
+    sources = [(each, constant_of(each)) for each in sources_of(activation.source)]
+    computed = [each for each, value in sources if value is None]
+    if len(computed) != 1:
+        return activation
+    (source,) = computed
+    name = names.get(id(source), source.name)
+    found = ranges.tensors.get(name)
+    if found is None or any(
+        value is not None and value.size and not found.minimum <= value.min() <= value.max() <= found.maximum
+        for _, value in sources
+    ):
+        return activation
+    return replace(activation, source=source, range_name=name)
 
 
 def _is_unseen(placement: Placement, ranges: Ranges) -> bool:

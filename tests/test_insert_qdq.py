@@ -267,6 +267,39 @@ def test_an_operator_without_a_range_stays_float_with_the_reason():
     assert "no range is known for y" in result.skipped[0].reason
 
 
+@pytest.mark.parametrize(
+    ("moved", "known"),
+    [
+        ("m = MaxPool<kernel_shape=[2,2]>(c)", True),
+        ("p = Transpose<perm=[0,1,3,2]>(c) m = Pad(p, pads)", True),
+        ("m = Concat<axis=1>(inside, c)", True),
+        ("m = Concat<axis=1>(outside, c)", False),
+        ("m = Concat<axis=2>(x, c)", False),
+        ("m = Neg(c)", False),
+    ],
+)
+def test_what_moves_the_values_of_a_float_operator_has_its_range(moved, known):
+    text = f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,16,8,8] x) => (float[N,M,A,B] y)
+        <float[16,16,3,3] w, float[4,16,1,1] v, float[4,17,1,1] u, int64[8] pads = {{0,0,1,0,0,0,0,1}},
+         float[1,1,8,8] inside, float[1,1,8,8] outside>
+        {{ c = Conv<pads=[1,1,1,1]>(x, w) {moved} y = Conv(m, {"u" if "side" in moved else "v"}) }}
+    """
+    model = model_of(text)
+    for name, value in (("inside", 2.0), ("outside", 5.0)):
+        (tensor,) = [each for each in model.graph.initializer if each.name == name]
+        tensor.CopyFrom(numpy_helper.from_array(np.full((1, 1, 8, 8), value, np.float32), name))
+    model.graph.node[0].name = "first"
+    proto, result = quantized(model, ranges=ranges_of(x=(-3, 3), c=(-4, 4), y=(-3, 3)), exclude=("first",))
+    assert bool(result.rewrites) == known
+    if known:
+        (scale,) = [value for name, value in initializers(proto).items() if name == "m_scale"]
+        np.testing.assert_allclose(scale, 8 / 255, rtol=1e-6)
+    else:
+        assert result.skipped[-1].reason == "no range is known for m"
+
+
 @pytest.mark.parametrize("target", targets())
 @pytest.mark.parametrize("name", ["fmnist_resnet", "fmnist_mbv2", "fmnist_srunet"])
 def test_whatever_range_is_missing_the_rest_is_quantized(name, target):
