@@ -20,7 +20,7 @@ from graphopt.graph import Names, constant_of, disconnect, has_input, integers_o
 from graphopt.quantizers import dequantizer_of, quantizers_after
 from graphopt.sizes import fixed_shape
 
-_TO_PIXELS, _TO_PLANES = [0, 2, 3, 1], [0, 3, 1, 2]
+_TO_PIXELS, _TO_PLANES = (0, 2, 3, 1), (0, 3, 1, 2)
 _OTHER_LAYOUT = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _QUANTIZERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 
@@ -123,7 +123,7 @@ class _Repeating:
         if len(quantizers) != 1 or len(result.outputs) != 1 or is_output(self.graph, result):
             return
         (quantize,), (rows, columns), (batch, channels, height, _) = quantizers, factors, shape
-        pixels = self._step("Transpose", [values.data], perm=_TO_PIXELS)
+        pixels = self._step("Transpose", [values.data], perm=list(_TO_PIXELS))
         if columns > 1:
             single = self._reshape(pixels, self._constant(pixels, [0, 0, 0, 1, channels]))
             beside = self._step("Concat", [single] * columns, axis=3)
@@ -136,7 +136,7 @@ class _Repeating:
         disconnect(quantize.node)
         self.replaced += [resize, quantize.node]
         self.dequantizers[id(values.node)] = values.node
-        self._step("Transpose", [pixels], integers, perm=_TO_PLANES)
+        self._step("Transpose", [pixels], integers, perm=list(_TO_PLANES))
 
     def finish(self) -> None:
         """Take out what was replaced, and order the nodes."""
