@@ -28,7 +28,7 @@ from graphopt.graph import all_graphs, is_constant, producer
 from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
-from graphopt.targets import DEPTHWISE, FEW_ROWS, Costs
+from graphopt.targets import DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, Costs
 
 _FEW_ROWS = 16
 _FEW_CHANNELS, _FEW_OUTPUTS = 4, 16
@@ -214,7 +214,7 @@ class _Trade:
         if macs:
             saved = macs * self.costs.saved_ns_per_mac.get(_kind(node, macs), 0.0)
             return saved - _copies(node, macs) * self.costs.copied_ns
-        fixed, per_value = self.costs.saved_ns_and_per_value.get(node.op, (0.0, 0.0))
+        fixed, per_value = self.costs.saved_ns_and_per_value.get(_kind(node, macs), (0.0, 0.0))
         size = self._size_of_result(node)
         return 0.0 if size is None else fixed + per_value * size
 
@@ -257,6 +257,9 @@ def _kind(node: gs.Node, macs: float) -> str:
     op: str = node.op
     if is_depthwise(node):
         return DEPTHWISE
+    if op == "Softmax":
+        shape, axis = node.inputs[0].shape, node.attrs.get("axis", -1)
+        return op if shape is None or axis % len(shape) == len(shape) - 1 else INNER_SOFTMAX
     if op in ("Gemm", "MatMul") and is_constant(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
         return FEW_ROWS
     return op

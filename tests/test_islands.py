@@ -19,7 +19,7 @@ from graphopt.model_io import load_model
 from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
 from graphopt.shapes import infer_shapes
-from graphopt.targets import DEPTHWISE, Costs
+from graphopt.targets import DEPTHWISE, INNER_SOFTMAX, Costs
 from graphopt.targets.ort_cpu import ORT_CPU
 
 TWO_ISLANDS = f"c = {CONV}(x, w, b) t = Tanh(c) d = {CONV}(t, w, b) r = Relu(d) y = {CONV}(r, w, b)"
@@ -90,6 +90,16 @@ def test_a_conv_of_few_channels_loses_what_its_copies_cost(channels, outputs, ke
     infer_shapes(graph)
     costs = replace(COSTS, border_ns=0, copied_ns=1.0)
     assert bool(too_small(graph, place_all(graph, ORT_CPU), costs)) == stays
+
+
+@pytest.mark.parametrize(("axis", "kept"), [(1, True), (-2, True), (2, True), (3, False), (-1, False)])
+def test_a_softmax_of_an_inner_axis_saves_more_than_one_of_the_last(axis, kept):
+    """The last Conv saves next to nothing, and a conversion stands behind the first one or behind the last one."""
+    body = f"c = {CONV}(x, w, b) s = Softmax<axis={axis}>(c) y = Conv(s, k)"
+    graph = graph_of(body, outputs="float[N,1,8,8] y", weights="float[1,16,1,1] k")
+    costs = replace(COSTS, saved_ns_and_per_value={"Softmax": (-100, 0.0), INNER_SOFTMAX: (0.0, 1.0)})
+    losing = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (4, 16, 8, 8)})
+    assert {node.op for node in graph.nodes if id(node) in losing} == (set() if kept else {"Softmax", "Conv"})
 
 
 def test_an_island_whose_depthwise_convs_lose_what_the_others_save_is_named():

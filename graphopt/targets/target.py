@@ -80,8 +80,8 @@ class Rule:
         return f"int8 kernels of {op} need {needed}"
 
 
-DEPTHWISE, FEW_ROWS = "depthwise Conv", "product of few rows"
-"""Beside operator types, in `Costs.saved_ns_per_mac`."""
+DEPTHWISE, FEW_ROWS, INNER_SOFTMAX = "depthwise Conv", "product of few rows", "Softmax of an inner axis"
+"""Kinds of operators in `Costs`, beside operator types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Costs:
             (`DEPTHWISE`), and so are products of at most 16 rows by a constant (`FEW_ROWS`), where little is done with
             each weight that is read. Negative where int8 is slower.
         saved_ns_and_per_value: by operator type, of others with an int8 kernel that is faster or slower: once, and for
-            each value of the output.
+            each value of the output. A Softmax that is not of the last axis is a kind of its own (`INNER_SOFTMAX`).
         fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
         copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
             they read copies, of so few values at a time that to copy takes longer than to compute.
