@@ -22,8 +22,9 @@ let it stand for a Relu or a Clip that they remove, and then it is part of the n
   hard-swish, and clips on purpose: both ends stay.
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
-computed at run time, blocks of activations, a stored tensor that others than DequantizeLinear read (operators that
-compute with integers, graph outputs), and QLinear operators and MatMulNBits, in which nothing is left to take apart.
+computed at run time or are no positive numbers, blocks of activations, a stored tensor that others than
+DequantizeLinear read (operators that compute with integers, graph outputs), and QLinear operators and MatMulNBits, in
+which nothing is left to take apart.
 """
 
 from __future__ import annotations
@@ -297,6 +298,8 @@ def _why_not(dequantizer: Quantizer) -> str | None:
     for each in (*quantizers, dequantizer):
         if each.scale is None or each.zero_point is None:
             return f"scale or zero point of {each.label} is computed at run time"
+        if not np.all(np.isfinite(each.scale) & (each.scale > 0)):
+            return f"the scale of {each.label} is no positive number, so what it stands for is not known"
         if each.block_size and not all(is_constant(source) for source in sources):
             return f"{each.label} has a scale for each block of an activation: only those of weights are stripped"
     by_channel = next((each for each in (dequantizer, *quantizers) if not each.is_per_tensor), None)

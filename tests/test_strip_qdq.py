@@ -257,6 +257,15 @@ def test_what_is_no_plain_pair_is_left_alone_with_the_reason(body, reason):
     assert_equal_outputs(model, after, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 0.0, -0.1])
+def test_a_scale_that_is_no_positive_number_is_left_alone(scale):
+    """As onnxruntime's tool writes where a tensor was NaN in calibration."""
+    body = "q = QuantizeLinear(x, odd, z) d = DequantizeLinear(q, odd, z) y = Neg(d)"
+    _, result = stripped(model_with(body, constants={"odd": np.float32(scale)}))
+    assert result.rewrites == 0
+    assert "no positive number" in result.skipped[0].reason
+
+
 # ---------------------------------------------------------------- operators that move integers between Q and DQ
 
 MOVES = {
