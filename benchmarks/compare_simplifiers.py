@@ -50,6 +50,7 @@ from speed_graphs import GRAPHS, TINY_GRAPHS
 from graphopt.data import load_samples
 from graphopt.errors import GraphoptError
 from graphopt.made_up import made_up_samples
+from graphopt.model_io import load_model
 from graphopt.protobuf import all_graph_protos
 from graphopt.runtime import Session, arrays_in, open_session
 
@@ -159,9 +160,10 @@ def compare_outputs(rows: Rows, model: Path, outs: dict[str, Path], feeds: Path)
     """Fill in the differences, on the model's first real feed if there is one, else on one made up from a seed."""
     try:
         reference = open_session(model, optimize=False)
-        source = (
-            load_samples(feeds, reference.inputs, limit=1) if feeds.is_dir() else made_up_samples(reference, count=1)
-        )
+        if feeds.is_dir():
+            source = load_samples(feeds, reference.inputs, limit=1)
+        else:
+            source = made_up_samples(reference, load_model(model).graph, count=1)
         (feed,) = source
         expected = reference.run(feed)
     except GraphoptError:

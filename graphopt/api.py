@@ -235,7 +235,7 @@ def check(
     float_model, judged = load_model(reference), load_model(other)
     fitting = _samples(float_model, data, preprocess, samples)
     if fitting is None:
-        fitting = made_up_samples(open_session(float_model))
+        fitting = made_up_samples(open_session(float_model), float_model.graph)
         fitting = fitting if samples is None else fitting.first(samples)
     return check_models(float_model, judged, fitting, layers=layers, exact=exact, progress=progress)
 
@@ -324,7 +324,7 @@ def _other_model(ranges: Ranges | None, model: Model) -> list[str]:
 
 
 def _final_check(float_model: Model, result: Result, context: Context) -> Check:
-    samples = context.samples or made_up_samples(open_session(float_model), seed=context.seed)
+    samples = context.samples or made_up_samples(open_session(float_model), float_model.graph, seed=context.seed)
     return check_models(
         float_model,
         result.optimized,

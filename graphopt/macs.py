@@ -58,7 +58,7 @@ def macs_with_weight(node: gs.Node, read: float | None, computed: float | None) 
 
     Of a Conv those that it computes must be known, of a product those that it reads.
     """
-    if len(node.inputs) < 2 or not is_constant(node.inputs[1]):
+    if len(node.inputs) < 2 or not is_constant(node.inputs[1]) or node.inputs[1].shape is None:
         return 0
     shape = [int(size) for size in node.inputs[1].shape]
     if node.op == "Conv":

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt.errors import DataError, GraphoptError
 from graphopt.feeds import Feed, Samples
+from graphopt.required_sizes import with_required_sizes
 from graphopt.runtime import Session, arrays_in
 from graphopt.synthetic import synthetic_samples
 
 SAMPLES = 32
 
 
-def made_up_samples(session: Session, *, count: int = SAMPLES, seed: int = 0) -> Samples:
+def made_up_samples(session: Session, graph: gs.Graph, *, count: int = SAMPLES, seed: int = 0) -> Samples:
     """Seeded feeds for a session, of the first choice of open sizes that it runs on; see `synthetic_samples`.
 
-    A choice whose outputs have elements goes before one that leaves nothing of them, as pooling leaves of few pixels.
+    Those that the weights in its `graph` ask for are not open (`graphopt.required_sizes`). A choice whose outputs have
+    elements goes before one that leaves nothing of them, as pooling leaves of few pixels.
 
     Raises:
         DataError: it runs on none of them.
     """
+    inputs = with_required_sizes(session.inputs, graph)
     reasons: list[str] = []
     empty: list[dict[str, tuple[int, ...]]] = []
 
@@ -35,12 +39,10 @@ def made_up_samples(session: Session, *, count: int = SAMPLES, seed: int = 0) ->
         return False
 
     try:
-        return synthetic_samples(session.inputs, count=count, seed=seed, runnable=fills)
+        return synthetic_samples(inputs, count=count, seed=seed, runnable=fills)
     except DataError as error:
         if empty:
-            return synthetic_samples(
-                session.inputs, count=count, seed=seed, runnable=lambda feed: _shapes(feed) == empty[0]
-            )
+            return synthetic_samples(inputs, count=count, seed=seed, runnable=lambda feed: _shapes(feed) == empty[0])
         raise DataError(f"{error}; {reasons[0]}" if reasons else str(error)) from error
 
 

@@ -133,7 +133,7 @@ class PassManager:
             feeds = list(islice(context.samples, VERIFICATION_FEEDS))
         else:
             try:
-                feeds = list(made_up_samples(session, count=VERIFICATION_FEEDS, seed=context.seed))
+                feeds = list(made_up_samples(session, model.graph, count=VERIFICATION_FEEDS, seed=context.seed))
             except DataError as error:
                 report.warnings.append(f"outputs are not verified: {error}")
         verdict = examine(model, feeds, session)

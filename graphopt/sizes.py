@@ -1,8 +1,8 @@
 """A graph with its shapes as numbers: what MACs and memory are counted on.
 
-Where a model leaves the sizes of its inputs open, those of `graphopt.synthetic` are assumed (batch 1, images
-of 224), and shape inference carries them through. Every figure that rests on them is given together with
-them.
+Where a model leaves the sizes of its inputs open, those that its weights ask for (`graphopt.required_sizes`) or else
+those of `graphopt.synthetic` are assumed (batch 1, images of 224), and shape inference carries them through. Every
+figure that rests on them is given together with them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from graphopt.feeds import InputSpec, fixed_size
 from graphopt.graph import all_graphs, is_constant, present
 from graphopt.graph_copy import copy_graph
 from graphopt.opset import raise_opset
+from graphopt.required_sizes import with_required_sizes
 from graphopt.shapes import infer_shapes
 from graphopt.synthetic import candidate_shapes
 
@@ -53,6 +54,7 @@ def candidate_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> list[dic
         for each in graph.inputs
         if each.shape is not None and is_typed_tensor(each) and each.name not in defaults
     ]
+    specs = with_required_sizes(specs, graph)
     return [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidate_shapes(specs)]
 
 

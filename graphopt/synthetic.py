@@ -15,8 +15,8 @@ Sizes that a declaration leaves open:
   - an input [L, ?, H] with fixed L > 1 and H is a recurrent state, [layers, N, hidden]: N is 1
   - any other size, such as the length of a sequence, is 16
   - equal names have equal sizes, and a name that is a first dimension anywhere is 1
-A model may want other sizes (a multiple of 256, a second of sound); with `runnable`, a list of them is tried
-in turn.
+A model may want other sizes (a multiple of 256, a second of sound, more than one frame along the first dimension); with
+`runnable`, a list of them is tried in turn.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class _Sizes(NamedTuple):
 
     image: int
     other: int
+    first: int = 1
 
 
+_IMAGE_RANK = 4
 _CANDIDATES = (
     _Sizes(224, 16),
     _Sizes(256, 1),
@@ -46,6 +48,7 @@ _CANDIDATES = (
     _Sizes(640, 1024),
     _Sizes(128, 4000),
     _Sizes(64, 16000),
+    _Sizes(224, 128, first=64),  # frames in place of a batch
 )
 
 
@@ -102,17 +105,19 @@ def _runnable_shapes(inputs: Sequence[InputSpec], seed: int, runnable: Callable[
 
 def _shapes(inputs: Sequence[InputSpec], sizes: _Sizes) -> list[tuple[int, ...]]:
     """Return the shape of each input; `named` keeps equal names equal."""
+    first = 1 if any(len(spec.shape) == _IMAGE_RANK for spec in inputs) else sizes.first
     named: dict[str, int] = {}
     for spec in inputs:
         if spec.shape and _is_name(spec.shape[0]):
-            named[str(spec.shape[0])] = 1
-    return [_shape(spec.shape, sizes, named) for spec in inputs]
+            named[str(spec.shape[0])] = first
+    return [_shape(spec.shape, sizes._replace(first=first), named) for spec in inputs]
 
 
 def _shape(declared: tuple[Dimension, ...], sizes: _Sizes, named: dict[str, int]) -> tuple[int, ...]:
-    open_sizes = [1, *(sizes.other for _ in declared[1:])]
-    if len(declared) == 4:
-        open_sizes = [1, sizes.image, sizes.image, 3] if declared[3] in (1, 3, 4) else [1, 3, sizes.image, sizes.image]
+    open_sizes = [sizes.first, *(sizes.other for _ in declared[1:])]
+    if len(declared) == _IMAGE_RANK:
+        picture = [sizes.image, sizes.image, 3] if declared[3] in (1, 3, 4) else [3, sizes.image, sizes.image]
+        open_sizes = [sizes.first, *picture]
     if _is_recurrent_state(declared):
         open_sizes[1] = 1
     return tuple(

@@ -139,7 +139,7 @@ class Calibrate(Pass):
         )
 
     def _without_data(self, model: Model, tensors: Sequence[str], context: Context) -> PassResult:
-        samples = made_up_samples(open_session(model), seed=context.seed)
+        samples = made_up_samples(open_session(model), model.graph, seed=context.seed)
         found = ranges_without_data(
             context.original or model,
             model,

@@ -172,7 +172,7 @@ class Prune(Pass):
         warnings: tuple[str, ...] = ()
         samples = context.samples
         if samples is None:
-            samples = made_up_samples(open_session(model), seed=context.seed)
+            samples = made_up_samples(open_session(model), graph, seed=context.seed)
             warnings = (f"importance {self.importance.value} was measured on made-up inputs: give --data",)
         if self.importance is Importance.TAYLOR:
             return within_groups(sensitivities(model, groups, samples, progress=context.progress), groups), warnings
@@ -257,7 +257,7 @@ def _measuring(graph: gs.Graph, groups: ChannelGroups, context: Context) -> Call
     """A function that measures how long a cut graph takes, as a share of the model's time before any cut."""
     whole = Model(graph if context.cut is None else context.cut.original, context.frame)
     reference = open_session(whole, threads=1)
-    samples = context.samples or made_up_samples(reference, seed=context.seed)
+    samples = context.samples or made_up_samples(reference, whole.graph, seed=context.seed)
     feed = next(iter(samples))
 
     def measure(gone: Gone) -> float:

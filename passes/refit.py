@@ -105,7 +105,7 @@ class Refit(Pass):
     def _samples(self, cut: Cut, context: Context) -> tuple[Samples, int]:
         if context.samples is None:
             session = open_session(Model(cut.original, context.frame))
-            return made_up_samples(session, count=self.samples, seed=context.seed), self.samples
+            return made_up_samples(session, cut.original, count=self.samples, seed=context.seed), self.samples
         samples = context.samples.first(self.samples)
         return samples, count_of(samples, self.name)
 

@@ -104,6 +104,12 @@ def test_tries_other_sizes_until_one_runs() -> None:
     assert [feed["x"].shape for feed in samples] == [(1, 128), (1, 128)]
 
 
+def test_tries_more_than_one_frame_last_but_no_batch_of_images() -> None:
+    frames, image = InputSpec("x", FLOAT32, ("T", 40)), InputSpec("i", FLOAT32, ("N", 3, "H", "W"))
+    assert candidate_shapes([frames]) == [[(1, 40)], [(64, 40)]]
+    assert all(shape[0] == 1 for shapes in candidate_shapes([image, frames]) for shape in shapes)
+
+
 def test_tries_fixed_shapes_only_once_and_says_what_it_tried() -> None:
     tried = []
     with pytest.raises(DataError, match=r"runs with none of the made-up inputs \('x' \[2, 3\]\): give real ones"):
