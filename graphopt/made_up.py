@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -17,13 +19,15 @@ SAMPLES = 32
 def made_up_samples(session: Session, graph: gs.Graph, *, count: int = SAMPLES, seed: int = 0) -> Samples:
     """Seeded feeds for a session, of the first choice of open sizes that it runs on; see `synthetic_samples`.
 
-    Those that the weights in its `graph` ask for are not open (`graphopt.required_sizes`). A choice whose outputs have
+    Second come those that the weights in its `graph` ask for (`graphopt.required_sizes`). A choice whose outputs have
     elements goes before one that leaves nothing of them, as pooling leaves of few pixels.
 
     Raises:
         DataError: it runs on none of them.
     """
-    inputs = with_required_sizes(session.inputs, graph)
+    make_up = partial(
+        synthetic_samples, session.inputs, count=count, seed=seed, required=with_required_sizes(session.inputs, graph)
+    )
     reasons: list[str] = []
     empty: list[dict[str, tuple[int, ...]]] = []
 
@@ -39,10 +43,10 @@ def made_up_samples(session: Session, graph: gs.Graph, *, count: int = SAMPLES, 
         return False
 
     try:
-        return synthetic_samples(inputs, count=count, seed=seed, runnable=fills)
+        return make_up(runnable=fills)
     except DataError as error:
         if empty:
-            return synthetic_samples(inputs, count=count, seed=seed, runnable=lambda feed: _shapes(feed) == empty[0])
+            return make_up(runnable=lambda feed: _shapes(feed) == empty[0])
         raise DataError(f"{error}; {reasons[0]}" if reasons else str(error)) from error
 
 

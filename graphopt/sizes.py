@@ -1,7 +1,7 @@
 """A graph with its shapes as numbers: what MACs and memory are counted on.
 
-Where a model leaves the sizes of its inputs open, those that its weights ask for (`graphopt.required_sizes`) or else
-those of `graphopt.synthetic` are assumed (batch 1, images of 224), and shape inference carries them through. Every
+Where a model leaves the sizes of its inputs open, those of `graphopt.synthetic` are assumed (batch 1, images of 224),
+or else those that its weights ask for (`graphopt.required_sizes`), and shape inference carries them through. Every
 figure that rests on them is given together with them.
 """
 
@@ -54,8 +54,8 @@ def candidate_sizes(graph: gs.Graph, defaults: Collection[str] = ()) -> list[dic
         for each in graph.inputs
         if each.shape is not None and is_typed_tensor(each) and each.name not in defaults
     ]
-    specs = with_required_sizes(specs, graph)
-    return [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidate_shapes(specs)]
+    candidates = candidate_shapes(specs, with_required_sizes(specs, graph))
+    return [dict(zip((spec.name for spec in specs), shapes, strict=True)) for shapes in candidates]
 
 
 def at_sizes(graph: gs.Graph, shapes: Mapping[str, Shape] | None) -> gs.Graph:

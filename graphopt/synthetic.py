@@ -39,6 +39,7 @@ class _Sizes(NamedTuple):
 
 
 _IMAGE_RANK = 4
+_FRAMES = _Sizes(224, 128, first=64)  # in place of a batch
 _CANDIDATES = (
     _Sizes(224, 16),
     _Sizes(256, 1),
@@ -48,7 +49,7 @@ _CANDIDATES = (
     _Sizes(640, 1024),
     _Sizes(128, 4000),
     _Sizes(64, 16000),
-    _Sizes(224, 128, first=64),  # frames in place of a batch
+    _FRAMES,
 )
 
 
@@ -58,11 +59,12 @@ def synthetic_samples(
     count: int,
     seed: int,
     runnable: Callable[[Feed], bool] | None = None,
+    required: Sequence[InputSpec] = (),
 ) -> Samples:
     """`count` made-up feeds; feed number i depends on nothing but `inputs`, `seed`, i and the sizes chosen.
 
     Without `runnable` the sizes are those of the module docstring; with it, the first of a short list of
-    sizes whose feed it accepts.
+    sizes whose feed it accepts: the first of `candidate_shapes`.
 
     Raises:
         DataError: `count` is less than 1, or `runnable` accepts none of the sizes.
@@ -70,7 +72,8 @@ def synthetic_samples(
     """
     if count < 1:
         raise DataError(f"the number of samples must be at least 1, not {count}")
-    shapes = _runnable_shapes(inputs, seed, runnable) if runnable else candidate_shapes(inputs)[0]
+    candidates = candidate_shapes(inputs, required)
+    shapes = _runnable_shapes(inputs, candidates, seed, runnable) if runnable else candidates[0]
 
     def start() -> Iterator[Feed]:
         return (_feed(inputs, shapes, seed, index) for index in range(count))
@@ -78,27 +81,35 @@ def synthetic_samples(
     return Samples(start, f"synthetic, floats N(0, 1), seed {seed}", count, synthetic=True)
 
 
-def candidate_shapes(inputs: Sequence[InputSpec]) -> list[list[tuple[int, ...]]]:
+def candidate_shapes(inputs: Sequence[InputSpec], required: Sequence[InputSpec] = ()) -> list[list[tuple[int, ...]]]:
     """Return the shapes of all inputs: by the rules above, then with each further choice of sizes.
 
-    A choice that makes no difference is left out, so there is one entry where no size is open.
+    A choice that makes no difference is left out, so there is one entry where no size is open. `required` are the same
+    inputs with more sizes stated; they come second, with many frames: onnx and onnxruntime abort on some nets where
+    features match and there are fewer frames than a kernel has places.
     """
     distinct: list[list[tuple[int, ...]]] = []
-    for sizes in _CANDIDATES:
-        shapes = _shapes(inputs, sizes)
+    first, *others = ((inputs, sizes) for sizes in _CANDIDATES)
+    second = [(required, _FRAMES)] if required and list(required) != list(inputs) else []
+    for specs, sizes in (first, *second, *others):
+        shapes = _shapes(specs, sizes)
         if shapes not in distinct:
             distinct.append(shapes)
     return distinct
 
 
-def _runnable_shapes(inputs: Sequence[InputSpec], seed: int, runnable: Callable[[Feed], bool]) -> list[tuple[int, ...]]:
-    tried = candidate_shapes(inputs)
-    for shapes in tried:
+def _runnable_shapes(
+    inputs: Sequence[InputSpec],
+    candidates: Sequence[list[tuple[int, ...]]],
+    seed: int,
+    runnable: Callable[[Feed], bool],
+) -> list[tuple[int, ...]]:
+    for shapes in candidates:
         if runnable(_feed(inputs, shapes, seed, 0)):
             return shapes
     texts = "; ".join(
         ", ".join(f"'{spec.name}' {list(shape)}" for spec, shape in zip(inputs, shapes, strict=True))
-        for shapes in tried
+        for shapes in candidates
     )
     raise DataError(f"the model runs with none of the made-up inputs ({texts}): give real ones with --data")
 

@@ -107,6 +107,8 @@ def test_tries_other_sizes_until_one_runs() -> None:
 def test_tries_more_than_one_frame_last_but_no_batch_of_images() -> None:
     frames, image = InputSpec("x", FLOAT32, ("T", 40)), InputSpec("i", FLOAT32, ("N", 3, "H", "W"))
     assert candidate_shapes([frames]) == [[(1, 40)], [(64, 40)]]
+    open_frames = InputSpec("x", FLOAT32, ("T", "F"))
+    assert candidate_shapes([open_frames], [frames])[:2] == [[(1, 16)], [(64, 40)]]
     assert all(shape[0] == 1 for shapes in candidate_shapes([image, frames]) for shape in shapes)
 
 
