@@ -93,6 +93,11 @@ def fixed_size(dimension: Dimension) -> int | None:
     return dimension if isinstance(dimension, int) and dimension > 0 else None
 
 
+def is_named(dimension: Dimension) -> bool:
+    """Return whether a dimension has a name that says something; "?" and "-1" stand for unknown sizes."""
+    return isinstance(dimension, str) and any(character.isalpha() for character in dimension)
+
+
 def fitting_feed(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], where: str) -> Feed:
     """Check `arrays` against the model's inputs and cast them; arrays that are no input are left out.
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import ModelError
-from graphopt.feeds import InputSpec, fixed_size
-from graphopt.graph import constant_of, has_input, integers_of, is_constant
+from graphopt.feeds import InputSpec, fixed_size, is_named
+from graphopt.graph import constant_of, has_input, integers_of, is_constant, producer
 from graphopt.node_order import sorted_nodes
 from graphopt.operators import ELEMENTWISE
 
-_SAME = frozenset({"Cast", "Dropout", "Identity", "LogSoftmax", "LpNormalization", "Softmax"})
+_PAIRS = frozenset({"DequantizeLinear", "QuantizeLinear"})
+_SAME = _PAIRS | {"Cast", "Dropout", "Identity", "LogSoftmax", "LpNormalization", "Softmax"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def with_required_sizes(inputs: Sequence[InputSpec], graph: gs.Graph) -> list[In
         dimension: size
         for spec in inputs
         for axis, dimension in enumerate(spec.shape)
-        if isinstance(dimension, str) and (size := found.get(_Place(spec.name, axis))) is not None
+        if is_named(dimension) and (size := found.get(_Place(spec.name, axis))) is not None
     }
     return [
         replace(
@@ -55,7 +56,7 @@ def with_required_sizes(inputs: Sequence[InputSpec], graph: gs.Graph) -> list[In
             shape=tuple(
                 dimension
                 if fixed_size(dimension) is not None
-                else found.get(_Place(spec.name, axis)) or named.get(str(dimension), dimension)
+                else found.get(_Place(spec.name, axis)) or named.get(dimension, dimension)
                 for axis, dimension in enumerate(spec.shape)
             ),
         )
@@ -81,8 +82,11 @@ class _Following:
             known = [index for index, tensor in enumerate(node.inputs) if id(tensor) in self.axes]
             if rule is None or not known or not any(self.axes[id(node.inputs[known[0]])]):
                 continue
-            for tensor, axes in zip(node.outputs, rule(self, node, self.axes[id(node.inputs[known[0]])]), strict=False):
-                self.axes[id(tensor)] = axes
+            try:
+                results = rule(self, node, self.axes[id(node.inputs[known[0]])])
+            except (IndexError, ValueError):  # other ranks than the operator takes: onnx's checker says so
+                continue
+            self.axes |= {id(tensor): axes for tensor, axes in zip(node.outputs, results, strict=False)}
         return self.found
 
     def ask(self, place: _Place | None, size: int) -> None:
@@ -185,7 +189,9 @@ def _recurrent(following: _Following, node: gs.Node, axes: _Axes) -> list[_Axes]
 
 
 def _constant_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
-    """The sizes of a constant; those of a Constant node's output may not be stated."""
+    """The sizes of a constant, also behind Q and DQ; those of a Constant node's output may not be stated."""
+    while (node := producer(tensor)) is not None and node.op in _PAIRS:
+        tensor = node.inputs[0]
     if not is_constant(tensor):
         return None
     if tensor.shape is not None and all(isinstance(size, int) for size in tensor.shape):

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from graphopt.errors import DataError
-from graphopt.feeds import Array, Dimension, Feed, InputSpec, Samples, fixed_size
+from graphopt.feeds import Array, Dimension, Feed, InputSpec, Samples, fixed_size, is_named
 
 
 class _Sizes(NamedTuple):
@@ -119,7 +119,7 @@ def _shapes(inputs: Sequence[InputSpec], sizes: _Sizes) -> list[tuple[int, ...]]
     first = 1 if any(len(spec.shape) == _IMAGE_RANK for spec in inputs) else sizes.first
     named: dict[str, int] = {}
     for spec in inputs:
-        if spec.shape and _is_name(spec.shape[0]):
+        if spec.shape and is_named(spec.shape[0]):
             named[str(spec.shape[0])] = first
     return [_shape(spec.shape, sizes._replace(first=first), named) for spec in inputs]
 
@@ -132,7 +132,7 @@ def _shape(declared: tuple[Dimension, ...], sizes: _Sizes, named: dict[str, int]
     if _is_recurrent_state(declared):
         open_sizes[1] = 1
     return tuple(
-        fixed_size(dimension) or (named.setdefault(str(dimension), size) if _is_name(dimension) else size)
+        fixed_size(dimension) or (named.setdefault(str(dimension), size) if is_named(dimension) else size)
         for dimension, size in zip(declared, open_sizes, strict=False)
     )
 
@@ -140,11 +140,6 @@ def _shape(declared: tuple[Dimension, ...], sizes: _Sizes, named: dict[str, int]
 def _is_recurrent_state(declared: tuple[Dimension, ...]) -> bool:
     fixed = [fixed_size(dimension) for dimension in declared]
     return len(fixed) == 3 and (fixed[0] or 0) > 1 and fixed[1] is None and fixed[2] is not None
-
-
-def _is_name(dimension: Dimension) -> bool:
-    """Whether a dimension has a name that says something; "?" and "-1" stand for unknown sizes."""
-    return isinstance(dimension, str) and any(character.isalpha() for character in dimension)
 
 
 def _feed(inputs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]], seed: int, index: int) -> Feed:

@@ -14,7 +14,8 @@ from graphopt.runtime import open_session
 
 CONSTANTS = (
     "float[7,5] m, float[5,7] n, float[7] v, float[6,7] t, float[4,1] column, float[8,7,3,3] w, float[8,2,3,3] g, "
-    "float[7,8,3,3] d, float[1,24,7] wx, float[1,24,6] wh, float[1,1,7] deep, int64[1] one = {1}, int64[1] last = {-1}"
+    "float[7,8,3,3] d, float[1,24,7] wx, float[1,24,6] wh, float[1,1,7] deep, float s, int64[1] one = {1}, "
+    "int64[1] last = {-1}"
 )
 
 
@@ -52,6 +53,8 @@ def shape_of(body, declared):
         ("p = Transpose<perm=[0,3,1,2]>(x) y = Conv(p, w)", "NHWC", ("N", "H", "W", 7)),
         ("a = Add(x, v) y = MatMul(a, n)", "NF", ("N", 7)),  # of two the first counts
         ("y = MatMul(x, m)", ("N", "9"), ("N", 9)),
+        ("q = QuantizeLinear(x, s) r = DequantizeLinear(q, s) y = Gemm(r, m)", "NF", ("N", 7)),
+        ("q = QuantizeLinear(m, s) r = DequantizeLinear(q, s) y = Gemm(x, r)", "NF", ("N", 7)),
     ],
 )
 def test_weights_ask_for_sizes(body, declared, shape):
@@ -72,6 +75,23 @@ def test_weights_ask_for_sizes(body, declared, shape):
 )
 def test_what_is_not_followed_asks_for_nothing(body):
     assert shape_of(body, "NF") == ("N", "F")
+
+
+@pytest.mark.parametrize(
+    "body", ["y = Conv(x, w)", "y = Gemm(x, m)", "y = Transpose<perm=[2,1,0]>(x)", "y = LSTM(x, wx, wh)"]
+)
+def test_an_invalid_model_asks_for_nothing(body):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[?] y) <{CONSTANTS}> {{ {body} }}"""
+    inputs = [InputSpec("x", np.dtype(np.float32), ("N",))]
+    assert with_required_sizes(inputs, load_model(model_of(text)).graph) == inputs
+
+
+def test_unknown_sizes_are_no_names():
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[A,B] x) => (float[?] y) <{CONSTANTS}>
+        {{ y = MatMul(x, m) }}"""
+    inputs = [InputSpec("x", np.dtype(np.float32), ("?", "?")), InputSpec("k", np.dtype(np.float32), ("?",))]
+    found = with_required_sizes(inputs, load_model(model_of(text)).graph)
+    assert [spec.shape for spec in found] == [("?", 7), ("?",)]
 
 
 def test_a_name_says_the_same_size_everywhere():
