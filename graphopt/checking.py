@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graphopt.compare import Comparison, compare_sessions
-from graphopt.feeds import Samples
+from graphopt.feeds import Feed, Samples
 from graphopt.graph import present
 from graphopt.model_io import Model
 from graphopt.progress import Progress, silent
-from graphopt.runtime import measure_latency, open_session
+from graphopt.runtime import Session, arrays_in, measure_latency, open_session
 
 LAYER_BATCH = 48
 """Tensors compared in one run over the samples: all at once would hold every activation of both models."""
@@ -30,7 +30,7 @@ class Check:
     """A model beside its reference.
 
     Latencies are median seconds of one run on one sample, both measured in turn, None where they would say nothing of
-    the target; sizes are bytes of weights.
+    the target, or where every sample gives outputs of other sizes; sizes are bytes of weights.
     """
 
     comparison: Comparison
@@ -89,8 +89,9 @@ def check_models(
     compared = [sessions[0], open_session(other, exact=True)] if exact else sessions
     comparison = compare_sessions(compared[0], compared[1], samples, progress=progress)
     latencies: list[float] | list[None] = [None, None]
-    if measure:
-        latencies = measure_latency(sessions, next(iter(samples)), seconds=_LATENCY_SECONDS)
+    feed = next(iter(samples)) if not comparison.resized() else _first_of_equal_sizes(sessions, samples)
+    if measure and feed is not None:
+        latencies = measure_latency(sessions, feed, seconds=_LATENCY_SECONDS)
     return Check(
         comparison=comparison,
         reference_nbytes=reference.nbytes,
@@ -103,6 +104,15 @@ def check_models(
         notes=samples.notes,
         layers=compare_layers(reference, other, samples, progress) if layers else None,
     )
+
+
+def _first_of_equal_sizes(sessions: Sequence[Session], samples: Samples) -> Feed | None:
+    """The first sample of which all models make outputs of the same sizes: a Loop of more steps takes longer."""
+
+    def sizes(session: Session, feed: Feed) -> list[tuple[int, ...]]:
+        return [array.shape for value in session.run(feed).values() for array in arrays_in(value)]
+
+    return next((feed for feed in samples if len({tuple(sizes(each, feed)) for each in sessions}) == 1), None)
 
 
 def compare_layers(reference: Model, other: Model, samples: Samples, progress: Progress) -> Comparison:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import graphopt
 from graphopt import compare
 from graphopt.compare import Comparison, OutputComparison, compare_sessions
 from graphopt.data import load_samples
@@ -366,3 +367,17 @@ def test_sequences_of_different_lengths_cannot_be_compared():
     one, other = ([np.zeros(2)] * count for count in (2, 3))
     with pytest.raises(ModelError, match="holds 2 arrays in the reference and 3"):
         compare._Sums("y").add_all(one, other)
+
+
+@pytest.mark.parametrize(("samples", "resized", "measured"), [([0.2, 1.0], 1, True), ([0.2, 0.3], 2, False)])
+def test_latency_is_that_of_a_sample_with_outputs_of_equal_sizes(
+    samples: list[float], resized: int, measured: bool
+) -> None:
+    models = [
+        onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+            g (float[4] x) => (int64[1,N] y) <float k = {{{limit}}}> {{ b = Greater(x, k) y = NonZero(b) }}""")
+        for limit in (0.0, 0.5)
+    ]
+    found = graphopt.check(*models, data=[{"x": np.full(4, value, np.float32)} for value in samples])
+    assert found.comparison.outputs[0].resized == resized
+    assert (found.speedup is not None) == measured
