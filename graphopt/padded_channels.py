@@ -22,8 +22,8 @@ from graphopt.quantizers import Quantizer, dequantizer_of
 from graphopt.targets import DenseConvs
 
 
-def pad_input_channels(graph: gs.Graph, nodes: Iterable[gs.Node], kernels: DenseConvs, names: Names) -> None:
-    """Pad what the int8 Convs among `nodes` read from the inputs of the model, in place.
+def pad_input_channels(graph: gs.Graph, nodes: Iterable[gs.Node], kernels: DenseConvs, names: Names) -> int:
+    """Pad what the int8 Convs among `nodes` read from the inputs of the model, in place; return for how many.
 
     Args:
         graph: the graph that the nodes are in, quantizers and all.
@@ -32,10 +32,9 @@ def pad_input_channels(graph: gs.Graph, nodes: Iterable[gs.Node], kernels: Dense
         names: of the main graph.
     """
     padding = _Padding(graph, kernels, names)
-    for node in nodes:
-        if node.op == "Conv":
-            padding.pad(node)
+    padded = sum(padding.pad(node) for node in nodes if node.op == "Conv")
     padding.finish()
+    return padded
 
 
 class _Padding:
@@ -44,18 +43,21 @@ class _Padding:
         self.wider: dict[int, gs.Variable] = {}  # by id of what a DQ computes, what another one of more channels does
         self.replaced: list[gs.Node] = []
 
-    def pad(self, conv: gs.Node) -> None:
-        """Pad what a Conv reads, unless there is nothing to gain."""
+    def pad(self, conv: gs.Node) -> bool:
+        """Pad what a Conv reads, unless there is nothing to gain; tell whether it was done."""
         values, weights = (dequantizer_of(tensor) for tensor in conv.inputs[:2])
         if values is None or weights is None or not is_constant(weights.data) or not values.has_zero_point:
-            return
+            return False
         outputs, channels, *kernel = weights.data.shape
         lacking = -channels % self.kernels.multiple
         if not lacking or conv.attrs.get("group", 1) > 1:
-            return
-        if self.kernels.take(outputs, math.prod(kernel), _places(conv.outputs[0])) and _reads_input_planes(values):
-            set_input(conv, 0, self._wider(values, lambda: self._padded(values, channels, lacking, len(kernel))))
-            set_input(conv, 1, self._wider(weights, lambda: self._with_zeros(weights, lacking)))
+            return False
+        gains = self.kernels.take(outputs, math.prod(kernel), _places(conv.outputs[0]))
+        if not gains or not _reads_input_planes(values):
+            return False
+        set_input(conv, 0, self._wider(values, lambda: self._padded(values, channels, lacking, len(kernel))))
+        set_input(conv, 1, self._wider(weights, lambda: self._with_zeros(weights, lacking)))
+        return True
 
     def finish(self) -> None:
         """Remove each DQ that only padded Convs read, and order the nodes."""

@@ -25,8 +25,8 @@ _OTHER_LAYOUT = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsque
 _QUANTIZERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 
 
-def repeat_pixels(graph: gs.Graph, nodes: Iterable[gs.Node], names: Names) -> None:
-    """Replace each Resize that repeats pixels between int8 Convs, in place.
+def repeat_pixels(graph: gs.Graph, nodes: Iterable[gs.Node], names: Names) -> int:
+    """Replace each Resize that repeats pixels between int8 Convs, in place; return how many.
 
     Args:
         graph: the graph that the nodes are in, quantizers and all.
@@ -36,13 +36,13 @@ def repeat_pixels(graph: gs.Graph, nodes: Iterable[gs.Node], names: Names) -> No
     int8 = {id(node): node for node in nodes}
     resizes = [node for node in int8.values() if node.op == "Resize"]
     if not resizes:
-        return
+        return 0
     from_convs, to_convs = (_reached(int8, forwards=forwards) for forwards in (True, False))
     repeating = _Repeating(graph, names)
-    for node in resizes:
-        if id(node) in from_convs and id(node) in to_convs:
-            repeating.replace(node)
+    between = [node for node in resizes if id(node) in from_convs and id(node) in to_convs]
+    replaced = sum(map(repeating.replace, between))
     repeating.finish()
+    return replaced
 
 
 def factors_of(resize: gs.Node) -> tuple[int, int] | None:
@@ -114,14 +114,14 @@ class _Repeating:
         self.replaced: list[gs.Node] = []
         self.dequantizers: dict[int, gs.Node] = {}  # that a Resize read
 
-    def replace(self, resize: gs.Node) -> None:
-        """Write copies in place of a Resize that repeats pixels of a known number of channels."""
+    def replace(self, resize: gs.Node) -> bool:
+        """Write copies in place of a Resize that repeats pixels of so many channels; tell whether it is one."""
         values, (result,) = dequantizer_of(resize.inputs[0]), resize.outputs
         factors, shape, quantizers = factors_of(resize), resize.inputs[0].shape, list(quantizers_after(result))
         if factors is None or values is None or shape is None or not isinstance(shape[1], int):
-            return
+            return False
         if len(quantizers) != 1 or len(result.outputs) != 1 or is_output(self.graph, result):
-            return
+            return False
         (quantize,), (rows, columns), (batch, channels, height, _) = quantizers, factors, shape
         pixels = self._step("Transpose", [values.data], perm=list(_TO_PIXELS))
         if columns > 1:
@@ -137,6 +137,7 @@ class _Repeating:
         self.replaced += [resize, quantize.node]
         self.dequantizers[id(values.node)] = values.node
         self._step("Transpose", [pixels], integers, perm=list(_TO_PLANES))
+        return True
 
     def finish(self) -> None:
         """Take out what was replaced, and order the nodes."""

@@ -184,7 +184,7 @@ class InsertQdq(Pass):
             excluded |= slower
             placements = place_calibrated(graph, target, excluded, ranges)
         notes = (*((measured,) if measured else ()), *_needed_versions(target, placements))
-        placements = _quantize(graph, target, placements, excluded, ranges)
+        placements, rewritten = _quantize(graph, target, placements, excluded, ranges)
         operators, activations, weights, operands = (
             sum(map(len, each))
             for each in zip(*((at.nodes, at.activations, at.weights, at.operands) for at in placements), strict=True)
@@ -194,7 +194,7 @@ class InsertQdq(Pass):
         return PassResult(
             rewrites=activations + weights + operands,
             skipped=_skipped(placements),
-            parts={"operators": operators, "activations": activations, "weights": weights},
+            parts={"operators": operators, "activations": activations, "weights": weights, **rewritten},
             notes=(*notes, *((raised,) if raised else ()), *(target.notes if target is context.target else ())),
             warnings=(unmatched,) if unmatched else (),
         )
@@ -356,21 +356,27 @@ def _slower_here(
 
 def _quantize(
     graph: gs.Graph, target: Target, placements: tuple[Placement, ...], excluded: dict[int, str], ranges: Ranges
-) -> tuple[Placement, ...]:
-    """Insert the pairs of placements; return these as they are once operators that run as others are written out."""
+) -> tuple[tuple[Placement, ...], dict[str, int]]:
+    """Insert the pairs of placements.
+
+    Returns:
+        the placements as they are once operators that run as others are written out, and how many operators have
+        another form for the target's kernels, by what that is.
+    """
     placed = [node for each in placements for node in each.nodes if node.op in target.decomposed]
     if decomposed := list(filter(is_decomposed, placed)):
         ranges = decompose(graph, decomposed, ranges)
         infer_shapes(graph)
         placements = place_calibrated(graph, target, excluded, ranges)
     insert_pairs(graph, target, placements, ranges)
-    names = Names(graph)
+    names, rewritten = Names(graph), Counter[str]()
     for each in placements:
         if target.dense_convs is not None:
-            pad_input_channels(each.graph, each.nodes, target.dense_convs, names)
+            padded = pad_input_channels(each.graph, each.nodes, target.dense_convs, names)
+            rewritten["Convs with channels of zeros"] += padded
         if target.repeats_pixels:
-            repeat_pixels(each.graph, each.nodes, names)
+            rewritten["Resizes as copies"] += repeat_pixels(each.graph, each.nodes, names)
     if target.clips_hide_products:
         floating = {op for op, rule in target.rules.items() if rule.role is Role.GAINS and not rule.needs_output}
         write_clips_as_limits(graph, [node for each in placements for node in each.nodes if node.op in floating])
-    return placements
+    return placements, dict(+rewritten)

@@ -45,7 +45,7 @@ def test_padded_convs_compute_the_same_to_the_bit(channels, outputs, spatial):
     padded, result = quantized(model_of(text), ranges=RANGES)
     plain, expected = quantized(model_of(text), UNPADDED, RANGES)
     assert len(pads_of(padded)) == (channels % 4 > 0)
-    assert result.parts == expected.parts
+    assert result.parts == expected.parts | ({"Convs with channels of zeros": 1} if channels % 4 else {})
     shape = (2, channels, *[9] * spatial)
     np.testing.assert_array_equal(outputs_of(padded, shape)["y"], outputs_of(plain, shape)["y"])
 

@@ -64,7 +64,8 @@ def test_copies_are_the_resize_to_the_bit(rows, columns, mode, sizes, known):
     resized, expected = quantized(model, WITHOUT, RANGES)
     assert operators(copies)["Resize"] == (rows == columns == 1)
     assert operators(resized)["Resize"] == 1
-    assert result == expected
+    assert result.parts == expected.parts | ({"Resizes as copies": 1} if rows * columns > 1 else {})
+    assert result.rewrites == expected.rewrites
     shape = (sizes[0], 8, *sizes[1:])
     np.testing.assert_array_equal(outputs_of(copies, shape), outputs_of(resized, shape))
 
