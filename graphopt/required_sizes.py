@@ -84,7 +84,11 @@ class _Following:
                 continue
             try:
                 results = rule(self, node, self.axes[id(node.inputs[known[0]])])
-            except (IndexError, ValueError):  # other ranks than the operator takes: onnx's checker says so
+            except (
+                IndexError,
+                StopIteration,
+                ValueError,
+            ):  # other ranks than the operator takes: onnx's checker says so
                 continue
             self.axes |= {id(tensor): axes for tensor, axes in zip(node.outputs, results, strict=False)}
         return self.found

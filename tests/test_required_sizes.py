@@ -15,7 +15,7 @@ from graphopt.runtime import open_session
 CONSTANTS = (
     "float[7,5] m, float[5,7] n, float[7] v, float[6,7] t, float[4,1] column, float[8,7,3,3] w, float[8,2,3,3] g, "
     "float[7,8,3,3] d, float[1,24,7] wx, float[1,24,6] wh, float[1,1,7] deep, float s, int64[1] one = {1}, "
-    "int64[1] last = {-1}"
+    "int64[1] last = {-1}, int64[2] twice = {0,0}"
 )
 
 
