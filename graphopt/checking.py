@@ -89,9 +89,10 @@ def check_models(
     compared = [sessions[0], open_session(other, exact=True)] if exact else sessions
     comparison = compare_sessions(compared[0], compared[1], samples, progress=progress)
     latencies: list[float] | list[None] = [None, None]
-    feed = next(iter(samples)) if not comparison.resized() else _first_of_equal_sizes(sessions, samples)
-    if measure and feed is not None:
-        latencies = measure_latency(sessions, feed, seconds=_LATENCY_SECONDS)
+    if measure:
+        feed = _first_of_equal_sizes(sessions, samples) if comparison.resized() else next(iter(samples))
+        if feed is not None:
+            latencies = measure_latency(sessions, feed, seconds=_LATENCY_SECONDS)
     return Check(
         comparison=comparison,
         reference_nbytes=reference.nbytes,

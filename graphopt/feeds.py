@@ -82,7 +82,12 @@ class Samples:
     def first_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Return the shapes of the first feed by input name; None where there is no feed."""
         feed = next(iter(self), None)
-        return None if feed is None else {name: value.shape for name, value in feed.items()}
+        return None if feed is None else shapes_of(feed)
+
+
+def shapes_of(feed: Feed) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array by input name."""
+    return {name: np.shape(value) for name, value in feed.items()}
 
 
 def fixed_size(dimension: Dimension) -> int | None:

@@ -221,6 +221,12 @@ def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> None:
     graph.nodes[:] = [node for node in graph.nodes if id(node) not in doomed]
 
 
+def remove_unread_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> None:
+    """Do what `remove_nodes` does for those of `nodes` of whose outputs none is read or is an output of `graph`."""
+    unread = [node for node in nodes if not any(tensor.outputs or is_output(graph, tensor) for tensor in node.outputs)]
+    remove_nodes(graph, unread)
+
+
 def remove_unread_constants(root: gs.Graph) -> None:
     """Take out the Constant nodes, of all graphs, whose value nothing reads; unread initializers are not exported."""
     named = named_tensors(root)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import DataError, GraphoptError
-from graphopt.feeds import Feed, Samples
+from graphopt.feeds import Feed, Samples, shapes_of
 from graphopt.required_sizes import with_required_sizes
 from graphopt.runtime import Session, arrays_in
 from graphopt.synthetic import synthetic_samples
@@ -39,16 +38,12 @@ def made_up_samples(session: Session, graph: gs.Graph, *, count: int = SAMPLES, 
             return False
         if all(array.size for value in outputs.values() for array in arrays_in(value)):
             return True
-        empty.append(_shapes(feed))
+        empty.append(shapes_of(feed))
         return False
 
     try:
         return make_up(runnable=fills)
     except DataError as error:
         if empty:
-            return make_up(runnable=lambda feed: _shapes(feed) == empty[0])
+            return make_up(runnable=lambda feed: shapes_of(feed) == empty[0])
         raise DataError(f"{error}; {reasons[0]}" if reasons else str(error)) from error
-
-
-def _shapes(feed: Feed) -> dict[str, tuple[int, ...]]:
-    return {name: np.shape(value) for name, value in feed.items()}

@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 from graphopt.batches import LARGEST_BATCH, Batch, batches, can_join, gives_the_same_bits
 from graphopt.branch_tensors import BranchTensor, branch_tensors, with_branch_outputs
 from graphopt.errors import DataError, GraphoptError
-from graphopt.feeds import Feed, Samples, place_of
+from graphopt.feeds import Feed, Samples, place_of, shapes_of
 from graphopt.graph import Array, all_graphs, bodies, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
@@ -88,7 +88,7 @@ def observe(
     left_out = {skip.where for skip in skipped}
     names = [name for name in dict.fromkeys(tensors) if name not in left_out]
     model, names, called = _with_branches(model, names, inner)
-    sized = tensors_at(model.graph, {name: array.shape for name, array in first.items()})
+    sized = tensors_at(model.graph, shapes_of(first))
     release_free_memory()
     if statistics().needs_values:
         sizes = _nbytes(model, names, sized, first)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Names, constant_of, is_constant, is_output, producer, remove_nodes, set_input
+from graphopt.graph import Names, constant_of, is_constant, producer, remove_unread_nodes, set_input
 from graphopt.quantizers import Quantizer, dequantizer_of
 from graphopt.targets import DenseConvs
 
@@ -63,9 +63,7 @@ class _Padding:
         """Remove each DQ that only padded Convs read, and order the nodes."""
         if not self.replaced:
             return
-        left = [(node, node.outputs[0]) for node in self.replaced]
-        unread = [node for node, tensor in left if not tensor.outputs and not is_output(self.graph, tensor)]
-        remove_nodes(self.graph, unread)
+        remove_unread_nodes(self.graph, self.replaced)
         self.graph.toposort()
 
     def _wider(self, found: Quantizer, integers: Callable[[], gs.Tensor]) -> gs.Variable:

@@ -16,13 +16,22 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Names, constant_of, disconnect, has_input, integers_of, is_output, producer, remove_nodes
-from graphopt.quantizers import dequantizer_of, quantizers_after
+from graphopt.graph import (
+    Names,
+    constant_of,
+    disconnect,
+    has_input,
+    integers_of,
+    is_output,
+    producer,
+    remove_nodes,
+    remove_unread_nodes,
+)
+from graphopt.quantizers import dequantizer_of, quantizer_of, quantizers_after
 from graphopt.sizes import fixed_shape
 
 _TO_PIXELS, _TO_PLANES = (0, 2, 3, 1), (0, 3, 1, 2)
 _OTHER_LAYOUT = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-_QUANTIZERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 
 
 def repeat_pixels(graph: gs.Graph, nodes: Iterable[gs.Node], names: Names) -> int:
@@ -95,7 +104,8 @@ def _reached(int8: dict[int, gs.Node], *, forwards: bool) -> Collection[int]:
     seen: set[int] = set()
     while waiting:
         for node in _beside(waiting.pop(), forwards=forwards):
-            if id(node) not in seen and (id(node) in int8 or node.op in _QUANTIZERS) and node.op not in _OTHER_LAYOUT:
+            is_between = id(node) in int8 or quantizer_of(node) is not None
+            if id(node) not in seen and is_between and node.op not in _OTHER_LAYOUT:
                 seen.add(id(node))
                 waiting.append(node)
     return seen
@@ -144,10 +154,7 @@ class _Repeating:
         if not self.replaced:
             return
         remove_nodes(self.graph, self.replaced)
-        read = [(node, node.outputs[0]) for node in self.dequantizers.values()]
-        remove_nodes(
-            self.graph, [node for node, tensor in read if not tensor.outputs and not is_output(self.graph, tensor)]
-        )
+        remove_unread_nodes(self.graph, self.dequantizers.values())
         self.graph.toposort()
 
     def _sizes_of_all(self, data: gs.Tensor, batch: Any, height: Any, rows: int) -> gs.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from graphopt.errors import ModelError
-from graphopt.feeds import Feed, fixed_size
+from graphopt.feeds import Feed, fixed_size, shapes_of
 from graphopt.model_io import Model
 from graphopt.pass_base import Effect
 from graphopt.runtime import Array, Session, arrays_in, open_session
@@ -76,7 +76,7 @@ def reordered_outputs(model: Model, feeds: Sequence[Feed]) -> Outputs | None:
 
 def inferred_shapes(model: Model, feed: Feed) -> Shapes:
     """What shape inference finds for a model's outputs on a feed; sizes that it leaves open follow from values."""
-    tensors = tensors_at(model.graph, {name: np.shape(value) for name, value in feed.items()})
+    tensors = tensors_at(model.graph, shapes_of(feed))
     return {tensor.name: tensors[tensor.name].shape for tensor in model.graph.outputs}
 
 
