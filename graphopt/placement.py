@@ -2,7 +2,7 @@
 
 One propagation, driven by the target's table:
 
-1. operators that gain from int8 start it, unless a guard keeps them float (a `Skip` says why);
+1. operators that gain from int8 start it, unless a guard of `graphopt.gains` keeps them float (a `Skip` says why);
 2. forward, in topological order: an operator that joins or commutes *can* run in int8 when one of its inputs is
    available in int8;
 3. backward: of those, the ones stay whose result an int8 operator reads; the others would pay for a Q/DQ pair that
@@ -20,10 +20,8 @@ it returns like a graph output. A tensor that is read inside and outside thus ha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,9 +29,9 @@ from networkx import DiGraph
 
 from graphopt.branch_tensors import branch_label, range_names, with_branches
 from graphopt.branches import branch_lengths, data_flow
-from graphopt.graph import all_graphs, bodies, constant_of, has_input, is_constant, label_of, present, producer
+from graphopt.gains import is_float32, keeps_integers, rank_of, why_float
+from graphopt.graph import all_graphs, bodies, constant_of, is_constant, label_of, present, producer
 from graphopt.pass_base import Skip
-from graphopt.sizes import fixed_shape
 from graphopt.targets import Role, Rule, Target
 
 
@@ -180,58 +178,12 @@ class _Placing:
         rule = self._rule(node)
         reason = self.target.stays_float.get(node.op)
         if rule is not None and rule.role is Role.GAINS:
-            reason = self._why_not(node, rule)
+            reason = self.excluded.get(id(node)) or why_float(node, rule, self.target)
             if reason is None:
                 return True
         if reason is not None:
             self.skipped.append(Skip(node_label(node), reason))
         return False
-
-    def _why_not(self, node: gs.Node, rule: Rule) -> str | None:
-        """Why an operator that would gain from int8 must stay float; None when nothing speaks against it."""
-        if id(node) in self.excluded:
-            return self.excluded[id(node)]
-        if (reason := rule.why_not(node.op, node.attrs)) is not None:
-            return reason
-        value, weight = node.inputs[0], node.inputs[1]
-        for tensor in (value, weight):
-            if (dtype := _dtype(tensor)) != np.float32:
-                return f"{tensor.name} is {dtype or 'of unknown type'}; only float32 is quantized"
-            if (rank := _rank(tensor)) is not None and rank < 2:
-                return f"{tensor.name} is a vector: there is no matrix product to speed up"
-        if is_constant(value) and is_constant(weight):
-            return "both inputs are constant: run fold first"
-        if rule.needs_constant_weight and not is_constant(weight):
-            if producer(weight) is None:
-                return f"weight {weight.name} is a graph input that a caller may override: run freeze-inputs first"
-            return f"weight {weight.name} is computed at run time"
-        return self._too_small(node, rule)
-
-    def _too_small(self, node: gs.Node, rule: Rule) -> str | None:
-        """Whether too few channels meet in an operator for int8 to gain there."""
-        rows = fixed_shape(node.outputs[0])
-        if rule.needs_rows and rows is not None and all(size == 1 for size in rows[:-1]):
-            return "it multiplies a vector: int8 is no faster there"
-        weight = node.inputs[1]
-        if rule.minimum_channels <= 1 or not is_constant(weight) or weight.shape is None:
-            return None
-        least = rule.minimum_channels
-        group, kernel = node.attrs.get("group", 1), tuple(weight.shape[2:])
-        if rule.largest_kernel is not None and math.prod(kernel) > rule.largest_kernel:
-            return f"its kernel has {math.prod(kernel)} places, and those of this type at most {rule.largest_kernel}"
-        channels_in, channels_out = _channels(node, tuple(weight.shape))
-        if rule.counts_groups_alone:
-            channels_in //= group
-        if min(channels_in, channels_out) >= least:
-            return None
-        is_square, fits = len(set(kernel)) == 1, channels_out % self.target.channel_multiple == 0
-        if rule.pads_inputs and group == 1 and is_square and fits and channels_out >= least:
-            return None
-        if group > 1 and fits and 0 < rule.minimum_grouped_kernel <= min(kernel, default=0):
-            return None
-        if rule.counts_groups_alone:
-            return f"{channels_in} channels in and {channels_out} out of a group: under {least}, there is no kernel"
-        return f"{channels_in} channels in and {channels_out} out: under {least}, int8 is no faster"
 
     def _skip_loops(self) -> None:
         """Operators inside the bodies of loops, whose tensors change from turn to turn and have no ranges."""
@@ -264,10 +216,10 @@ class _Placing:
     def _can_join(self, node: gs.Node, rule: Rule, available: set[int]) -> bool:
         if rule.role is Role.GAINS or id(node) in self.excluded:
             return False
-        if rule.why_not(node.op, node.attrs) is not None or not (_fills_with_zero(node, rule) and _fits(node, rule)):
-            return False
         inputs = [edge.tensor for edge in self._quantized_inputs(node)]
-        if any(_dtype(tensor) != np.float32 for tensor in (*inputs, *present(node.outputs))):
+        if not keeps_integers(node, rule) or not all(
+            is_float32(tensor) for tensor in (*inputs, *present(node.outputs))
+        ):
             return False
         dynamic = [tensor for tensor in inputs if not is_constant(tensor)]
         return any(id(tensor) in available for tensor in dynamic)
@@ -325,7 +277,7 @@ class _Placing:
         if len(output.outputs) != 1 or id(output) in self.outputs or id(output) in self.nested_uses:
             return None
         (add,) = output.outputs
-        if add.op != "Add" or id(add) in self.excluded or _rank(node.inputs[1]) != 2:
+        if add.op != "Add" or id(add) in self.excluded or rank_of(node.inputs[1]) != 2:
             return None
         index = int(add.inputs[0] is output)
         bias, shape = add.inputs[index], node.inputs[0].shape
@@ -463,7 +415,7 @@ def _factor(node: gs.Node) -> tuple[int, float] | None:
         constant, other = node.inputs[index], node.inputs[1 - index]
         if constant.shape is None or any(size != 1 for size in constant.shape) or is_constant(other):
             continue
-        if (rank := _rank(other)) is None or len(constant.shape) > rank:
+        if (rank := rank_of(other)) is None or len(constant.shape) > rank:
             continue
         value = constant_of(constant)
         if value is not None and value.dtype == np.float32 and 0 < (factor := float(value.reshape(()))) < np.inf:
@@ -481,40 +433,3 @@ def _tensors_used_by_bodies(graph: gs.Graph) -> set[int]:
     return {
         id(tensor) for body in all_graphs(graph) if body is not graph for node in body.nodes for tensor in node.inputs
     }
-
-
-def _fills_with_zero(node: gs.Node, rule: Rule) -> bool:
-    """Whether new elements are zeros or copies, which the zero point or the integers themselves stand for."""
-    if rule.filled_from is None or not has_input(node, rule.filled_from):
-        return True
-    value = constant_of(node.inputs[rule.filled_from])
-    return value is not None and not value.any()
-
-
-def _fits(node: gs.Node, rule: Rule) -> bool:
-    """Whether the operand is as small as the rule wants it."""
-    if rule.largest_operand is None:
-        return True
-    values = constant_of(node.inputs[1])
-    return values is not None and values.size > 0 and float(values.max()) <= rule.largest_operand
-
-
-def _dtype(tensor: gs.Tensor) -> np.dtype[Any] | None:
-    """A tensor's numpy dtype; None when it is not known or numpy has none."""
-    dtype = tensor.dtype
-    return None if dtype is None or isinstance(dtype, int) else np.dtype(dtype)
-
-
-def _rank(tensor: gs.Tensor) -> int | None:
-    return None if tensor.shape is None else len(tensor.shape)
-
-
-def _channels(node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Input and output channels of a weighted operator from its weight's shape."""
-    if node.op == "Conv":
-        return shape[1] * node.attrs.get("group", 1), shape[0]
-    if node.op == "ConvTranspose":
-        return shape[0], shape[1] * node.attrs.get("group", 1)
-    if node.op == "Gemm" and node.attrs.get("transB", 0):
-        return shape[1], shape[0]
-    return shape[-2], shape[-1]
