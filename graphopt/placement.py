@@ -299,7 +299,7 @@ class _Placing:
 
     def _residual_edges(self) -> list[Edge]:
         """For targets that fuse an Add into the operator before it: the Add's other input."""
-        if not self.target.residual_adds:
+        if not self.target.adds_fused_into:
             return []
         adds = [node for node in self.graph.nodes if node.op == "Add" and id(node) not in self.excluded]
         adds = [node for node in adds if not any(is_constant(tensor) for tensor in node.inputs)]
@@ -312,25 +312,25 @@ class _Placing:
     def _residual_edge(self, node: gs.Node, flow: DiGraph) -> Edge | None:
         """The input of a residual Add that bypasses the operator which the Add is fused into.
 
-        The two branches meet at their lowest common ancestor. The branch that comes from a quantized operator is
+        The two branches meet at their lowest common ancestor. The branch that comes from such an operator in int8 is
         fused; when both do, the longer one is the main path and the shorter one the bypass.
         """
-        weighted = [index for index, tensor in enumerate(node.inputs) if self._from_quantized(tensor)]
-        if not weighted:
+        fused = [index for index, tensor in enumerate(node.inputs) if self._takes_in_adds(tensor)]
+        if not fused:
             return None
-        if len(weighted) == 1:
-            return Edge(node, 1 - weighted[0])
+        if len(fused) == 1:
+            return Edge(node, 1 - fused[0])
         depths = branch_lengths(flow, node)
         return None if depths is None else Edge(node, int(depths[1] < depths[0]))
 
-    def _from_quantized(self, tensor: gs.Tensor) -> bool:
-        """Whether the only way to a tensor is from an int8 operator (and perhaps its bias Add)."""
+    def _takes_in_adds(self, tensor: gs.Tensor) -> bool:
+        """Whether the only way to a tensor is from an int8 operator that Adds are fused into, perhaps by its bias Add."""
         node = producer(tensor)
         if node is None or len(tensor.outputs) != 1 or id(tensor) in self.outputs:
             return False
         if node.op == "Add" and any(is_constant(operand) for operand in node.inputs):
-            return any(self._from_quantized(operand) for operand in node.inputs if not is_constant(operand))
-        return id(node) in self.kept
+            return any(self._takes_in_adds(operand) for operand in node.inputs if not is_constant(operand))
+        return id(node) in self.kept and node.op in self.target.adds_fused_into
 
     # ---------------------------------------------------------------- the result
 

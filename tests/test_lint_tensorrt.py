@@ -140,6 +140,10 @@ def test_a_graph_that_keeps_the_rule_is_not_found(name):
     assert name not in broken(CASES[name][1])
 
 
+def test_what_is_added_to_a_matrix_product_need_not_be_quantized():
+    assert "TRT014" not in broken(f"{X} m = MatMul(xd, xd) y = Add(m, x)")
+
+
 @pytest.mark.parametrize(("names", "found"), [("??", True), ("?A", False), ("AA", False), ("AB", False)])
 def test_sizes_that_share_a_name_without_a_meaning_are_found(names, found):
     model = model_with("y = Relu(x)")

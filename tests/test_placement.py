@@ -69,6 +69,17 @@ def test_tensorrt_quantizes_the_bypass_of_a_residual_add_and_fuses_the_other_bra
     assert {(edge.node.op, edge.index) for edge in placement.readers["x"]} == {("Conv", 0), ("Add", 1)}
 
 
+def test_tensorrt_leaves_what_is_added_to_a_matrix_product_float():
+    """TensorRT fuses Adds of branches into Convs; the mask that is added to attention's scores may be -infinity."""
+    graph = graph_of(
+        "m = MatMul(x, v) y = Add(m, mask)",
+        inputs="float[4,32] x, float[4,32] mask",
+        outputs="float[4,32] y",
+        weights="float[32,32] v",
+    )
+    assert quantized(place(graph, TENSORRT)) == {"x"}
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tensorrt_takes_the_shorter_branch_of_a_projection_as_the_bypass(swapped):
     operands = "p, d" if swapped else "d, p"

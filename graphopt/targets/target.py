@@ -168,7 +168,7 @@ class Target:
         absorbs_factors: a product with a positive constant factor costs nothing: a DQ with another scale.
         decomposed: operators that run in int8 only as what they stand for, or faster so (`graphopt.decompositions`).
         clips_hide_products: a product with a float output is not fused before a Relu or Clip, and it is before a Max.
-        residual_adds: one input of an Add that joins two branches is quantized, the other is fused (TensorRT).
+        adds_fused_into: operators behind which an Add of two branches is fused into one, and its other input quantized.
         stores_int8_weights: weights are written as integers behind a DQ, else as float behind Q and DQ.
         saturates: its kernels add two products of a uint8 and an int8 in 16 bits, so weights must keep such sums small;
             depthwise kernels do not.
@@ -198,7 +198,7 @@ class Target:
     absorbs_factors: bool = False
     decomposed: frozenset[str] = frozenset()
     clips_hide_products: bool = False
-    residual_adds: bool = False
+    adds_fused_into: frozenset[str] = frozenset()
     stores_int8_weights: bool = True
     saturates: bool = False
     runs_here: bool = False

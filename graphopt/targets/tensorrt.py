@@ -56,7 +56,7 @@ TENSORRT = Target(
         "Einsum": "TensorRT fuses no Q/DQ into Einsum",
     },
     quantizes_outputs=False,
-    residual_adds=True,
+    adds_fused_into=frozenset({"Conv"}),
     channel_multiple=8,
     stores_int8_weights=False,
     lint_rules=(*TENSORRT_ERRORS, *TENSORRT_WARNINGS, *TENSORRT_INFOS, *TENSORRT_BUILD),

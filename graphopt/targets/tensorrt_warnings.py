@@ -91,13 +91,13 @@ def biases_are_float(subject: Subject) -> Places:
 
 @rule("TRT014", Severity.WARNING)
 def the_skip_input_is_quantized(subject: Subject) -> Places:
-    """Of a residual Add behind a quantized operator, the skip input is quantized.
+    """Of a residual Add behind a quantized Conv, the skip input is quantized.
 
     Source: D; M finds that input by the lowest common ancestor of the branches.
     """
     for node in residual_adds(subject):
         sides = [weighted_producer(tensor) for tensor in node.inputs]
-        if not any(map(is_quantized, filter(None, sides))):
+        if not any(side is not None and side.op == "Conv" and is_quantized(side) for side in sides):
             continue
         if all(dequantizer_of(tensor) is None for tensor in node.inputs):
             skip = node.inputs[1 if sides[0] is not None else 0].name
