@@ -324,7 +324,7 @@ class _Placing:
         return None if depths is None else Edge(node, int(depths[1] < depths[0]))
 
     def _takes_in_adds(self, tensor: gs.Tensor) -> bool:
-        """Whether the only way to a tensor is from an int8 operator that Adds are fused into, perhaps by its bias Add."""
+        """Whether only an int8 operator that Adds are fused into gives a tensor, perhaps by way of its bias Add."""
         node = producer(tensor)
         if node is None or len(tensor.outputs) != 1 or id(tensor) in self.outputs:
             return False

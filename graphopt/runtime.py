@@ -36,7 +36,10 @@ _SETTLING = 0.01  # seconds after which a session runs as if there were no other
 _LEAST_FED = 2**28  # bytes of weights from which on onnxruntime's own copy is avoided where speed does not count
 _SHOW_NOTHING = 4  # of onnxruntime's log severities: fatal errors only; all others come as exceptions
 _WRONG_BEFORE_FLOAT8 = "ReluQuantRewrite;ClipQuantRewrite"  # 1.32 takes a Q of float8 for one that a Relu is lost in
-_NO_FLOAT8_BEHIND_CLIP = "Unexpected data type for QuantizeLinear input y_zero_point"  # of one optimizer, in 1.32
+_REFUSED_BY = {  # optimizers of 1.32 that stumble over a model that onnxruntime runs without them, by what they say
+    "Unexpected data type for QuantizeLinear input y_zero_point": "ClipQuantRewrite",  # float8 behind a Clip
+    "output_dtype INT8 does not match y_zero_point type UINT8": "QDQS8ToU8Transformer",  # Qs of opset 21 that moved
+}
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_errors).values() if isinstance(each, type) and issubclass(each, Exception)),
     RuntimeError,
@@ -195,7 +198,7 @@ def optimized_graph(model: Runnable, *, layouts: bool = True) -> onnx.GraphProto
         options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
         # onnxruntime's own file of weights keeps the model file small, whatever the model's size
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-        _open(model, options, ())
+        _open(model, options, (), by_default=True)
         optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
     return optimized.graph
 
@@ -250,11 +253,14 @@ def _options(threads: int, optimize: bool) -> ort.SessionOptions:
     return options
 
 
-def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
+def _open(
+    model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[str], *, by_default: bool = False
+) -> Session:
+    """Open a session; `by_default`, as it opens for everybody, or else without an optimizer that stumbles."""
     if isinstance(model, Path) and not extra_outputs:
         if not model.is_file():
             raise ModelError(f"{model}: no such file")
-        return _session(str(model), options, {})
+        return _session(str(model), options, {}, by_default)
     if isinstance(model, Path) or (isinstance(model, onnx.ModelProto) and not fits_one_file(model)):
         model = load_model(model)
     weights: dict[str, ort.OrtValue] = {}
@@ -266,7 +272,7 @@ def _open(model: Runnable, options: ort.SessionOptions, extra_outputs: Sequence[
         proto, weights = share_weights(model)
         options.add_external_initializers(list(weights), list(weights.values()))
     _add_outputs(proto, extra_outputs)
-    return _session(proto.SerializeToString(), options, weights)
+    return _session(proto.SerializeToString(), options, weights, by_default)
 
 
 def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
@@ -285,7 +291,9 @@ def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extr
     return _session(proto.SerializeToString(), options, weights)
 
 
-def _session(source: str | bytes, options: ort.SessionOptions, weights: Mapping[str, ort.OrtValue]) -> Session:
+def _session(
+    source: str | bytes, options: ort.SessionOptions, weights: Mapping[str, ort.OrtValue], by_default: bool = False
+) -> Session:
     def create(disabled: Sequence[str] = ()) -> ort.InferenceSession:
         providers = ["CPUExecutionProvider"]
         return ort.InferenceSession(source, options, providers=providers, disabled_optimizers=disabled)
@@ -293,9 +301,10 @@ def _session(source: str | bytes, options: ort.SessionOptions, weights: Mapping[
     try:
         return Session(_with_our_errors(create), weights)
     except ModelError as error:
-        if _NO_FLOAT8_BEHIND_CLIP not in str(error):
+        disabled = [optimizer for message, optimizer in _REFUSED_BY.items() if message in str(error)]
+        if by_default or not disabled:
             raise
-    return Session(_with_our_errors(lambda: create(["ClipQuantRewrite"])), weights)
+    return Session(_with_our_errors(lambda: create(disabled)), weights)
 
 
 def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -305,3 +305,16 @@ def test_an_exact_session_computes_q_and_dq_as_they_stand(monkeypatch):
     assert opened[0].get_session_config_entry("session.disable_quant_qdq") == "1"
     assert "ReluQuantRewrite" in opened[0].get_session_config_entry("optimization.disable_specified_optimizers")
     np.testing.assert_allclose(found, open_session(model, optimize=False).run(feed)["y"], atol=1e-6)
+
+
+def test_a_model_that_an_optimizer_stumbles_over_runs_without_that_optimizer():
+    """At opset 21 onnxruntime moves a Q of int8 over the Reshape, with its type; then it turns integers to uint8."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[2, 4] x) => (float[8] y) <float s = {0.5}, int8 z = {0}, int64[1] flat = {8}>
+        { q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) r = Reshape (d, flat) y = Relu (r) }
+    """)
+    x = np.array([[-1, 0.4, 0.6, 1], [2, 3, 4, 100]], np.float32)
+    assert open_session(model).run({"x": x})["y"].tolist() == [0, 0.5, 0.5, 1, 2, 3, 4, 63.5]
+    with pytest.raises(ModelError, match="output_dtype INT8 does not match"):  # others would see that, and so lint
+        optimized_ops(model)
