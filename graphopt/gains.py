@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from graphopt.graph import constant_of, has_input, is_constant, producer
 from graphopt.sizes import fixed_shape
 from graphopt.targets import Rule, Target
+from graphopt.weights import is_weight
 
 
 def why_float(node: gs.Node, rule: Rule, target: Target) -> str | None:
@@ -26,16 +27,16 @@ def why_float(node: gs.Node, rule: Rule, target: Target) -> str | None:
             return f"{tensor.name} is {_dtype(tensor) or 'of unknown type'}; only float32 is quantized"
         if (rank := rank_of(tensor)) is not None and rank < 2:
             return f"{tensor.name} is a vector: there is no matrix product to speed up"
-    if is_constant(value) and is_constant(weight):
+    if is_constant(value) and is_weight(weight):
         return "both inputs are constant: run fold first"
-    if rule.needs_constant_weight and not is_constant(weight):
+    if rule.needs_constant_weight and not is_weight(weight):
         if producer(weight) is None:
             return f"weight {weight.name} is a graph input that a caller may override: run freeze-inputs first"
         return f"weight {weight.name} is computed at run time"
     rows = fixed_shape(node.outputs[0])
     if rule.needs_rows and rows is not None and all(size == 1 for size in rows[:-1]):
         return "it multiplies a vector: int8 is no faster there"
-    if rule.minimum_channels <= 1 or not is_constant(weight) or weight.shape is None:
+    if rule.minimum_channels <= 1 or not is_weight(weight) or weight.shape is None:
         return None
     return _why_too_small(node, rule, target)
 

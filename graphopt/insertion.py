@@ -41,6 +41,7 @@ from graphopt.quantization import QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
 from graphopt.sizes import fixed_shape
 from graphopt.targets import Target
+from graphopt.weights import remove_unread_transpose, weight_values
 
 _LARGEST_BIAS = 2.0**30
 """Half of what an int32 holds: the other half is for the products."""
@@ -93,9 +94,10 @@ class _Insertion:
         for edge, axis in self.placement.weights:
             sharing.setdefault((id(edge.tensor), axis), []).append(edge)
         for (_, axis), edges in sharing.items():
-            dequantized = self._weight(edges, axis)
+            weight, dequantized = edges[0].tensor, self._weight(edges, axis)
             for edge in edges:
                 set_input(edge.node, edge.index, dequantized)
+            remove_unread_transpose(self.graph, weight)
         for edge in self.placement.operands:
             set_input(edge.node, edge.index, self._operand(edge))
         for edge in self.placement.biases:
@@ -126,12 +128,12 @@ class _Insertion:
 
     def _activation(self, activation: Activation, readers: tuple[Edge, ...]) -> None:
         tensor, params = activation.tensor, self._params(activation)
-        keeps_name = is_output(self.graph, tensor) or tensor.name in self.nested_names
-        if self.target.quantizes_outputs and keeps_name and id(tensor) in self.own:
+        is_int8 = tensor.name in self.placement.computed_by
+        if is_int8 and (is_output(self.graph, tensor) or tensor.name in self.nested_names):
             self._named_output(tensor, params)
             return
         pair_output = gs.Variable(self.names.fresh(f"{tensor.name}_dequantized"), tensor.dtype, tensor.shape)
-        if self.target.quantizes_outputs and (id(tensor) in self.own or not self.placement.branch):
+        if is_int8:
             replace_uses(tensor, pair_output)
         else:
             for edge in readers:
@@ -235,11 +237,9 @@ class _Insertion:
     def _weight(self, edges: Sequence[Edge], axis: int | None) -> gs.Variable:
         """The Q/DQ pair of a weight, for all that read it."""
         weight = edges[0].tensor
-        values = constant_of(weight)
-        assert values is not None
         fits = self.target.saturates and not is_depthwise(edges[0].node)  # which has kernels of its own
         least = 0.0 if axis is None else reduce(np.maximum, (self._least_scale(edge, axis) for edge in edges))
-        params = params_of_weight(values, axis, self.target.weight, pairs_fit_16_bits=fits, least=least)
+        params = params_of_weight(weight_values(weight), axis, self.target.weight, pairs_fit_16_bits=fits, least=least)
         return self._constant_pair(weight, params)
 
     def _least_scale(self, edge: Edge, axis: int) -> Array:
@@ -273,9 +273,8 @@ class _Insertion:
             return output
         key = id(constant), params.axis, params.quant_type, params.scale.tobytes()
         if key not in self.integers:
-            values = constant_of(constant)
-            assert values is not None
-            stored = gs.Constant(self.names.fresh(f"{constant.name}_quantized"), params.quantize(values))
+            integers = params.quantize(weight_values(constant))
+            stored = gs.Constant(self.names.fresh(f"{constant.name}_quantized"), integers)
             self.integers[key] = [stored, *self._constants(constant.name, params)]
         attributes = {} if params.axis is None else {"axis": params.axis}
         self._add("DequantizeLinear", constant, list(self.integers[key]), output, attributes)

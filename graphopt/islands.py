@@ -24,11 +24,12 @@ import onnx_graphsurgeon as gs
 from networkx.algorithms.flow import boykov_kolmogorov
 
 from graphopt.conv_kernels import is_depthwise
-from graphopt.graph import all_graphs, is_constant, producer
+from graphopt.graph import all_graphs, producer
 from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
 from graphopt.targets import DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, Costs
+from graphopt.weights import is_weight
 
 _FEW_ROWS = 16
 _FEW_CHANNELS, _FEW_OUTPUTS = 4, 16
@@ -260,6 +261,6 @@ def _kind(node: gs.Node, macs: float) -> str:
     if op == "Softmax":
         shape, axis = node.inputs[0].shape, node.attrs.get("axis", -1)
         return op if shape is None or axis % len(shape) == len(shape) - 1 else INNER_SOFTMAX
-    if op in ("Gemm", "MatMul") and is_constant(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
+    if op in ("Gemm", "MatMul") and is_weight(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
         return FEW_ROWS
     return op

@@ -23,8 +23,9 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from graphopt.frame import GraphKey, nested_key
-from graphopt.graph import bodies, is_constant
+from graphopt.graph import bodies
 from graphopt.sizes import Shape, at_assumed_sizes, at_sizes, fixed_shape
+from graphopt.weights import is_weight
 
 Place = tuple[GraphKey, str]
 """Which graph a node is in, and the name of its first output."""
@@ -58,7 +59,7 @@ def macs_with_weight(node: gs.Node, read: float | None, computed: float | None) 
 
     Of a Conv those that it computes must be known, of a product those that it reads.
     """
-    if len(node.inputs) < 2 or not is_constant(node.inputs[1]) or node.inputs[1].shape is None:
+    if len(node.inputs) < 2 or not is_weight(node.inputs[1]) or node.inputs[1].shape is None:
         return 0
     shape = [int(size) for size in node.inputs[1].shape]
     if node.op == "Conv":

@@ -33,6 +33,7 @@ from graphopt.gains import is_float32, keeps_integers, rank_of, why_float
 from graphopt.graph import all_graphs, bodies, constant_of, is_constant, label_of, present, producer
 from graphopt.pass_base import Skip
 from graphopt.targets import Role, Rule, Target
+from graphopt.weights import is_weight
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Placement:
         computed_by: by tensor name, the int8 operator behind which, and behind what it absorbs, the pair stands.
         users: by tensor name, the operators that cannot run in int8 without its Q/DQ pair: what reads it, and what
             computes it and needs a Q behind.
-        weights: constant inputs, each with the axis that has a scale for each index (None: one scale).
+        weights: inputs with weights (`graphopt.weights`), each with the axis that has its scales (None: one scale).
         operands: constant inputs that are quantized like activations (Add and Mul by a constant).
         biases: constants that are added to an operator's result as part of it; they must be vectors.
         skipped: operators that gain from int8 and stay float.
@@ -271,7 +272,7 @@ class _Placing:
 
         onnxruntime fuses matrices with a [N] or [1, N], and stacks of matrices of known shape with a [N].
         """
-        if not self._rule_of(node).fuses_bias or not is_constant(node.inputs[1]):
+        if not self._rule_of(node).fuses_bias or not is_weight(node.inputs[1]):
             return None
         (output,) = node.outputs
         if len(output.outputs) != 1 or id(output) in self.outputs or id(output) in self.nested_uses:
@@ -340,13 +341,13 @@ class _Placing:
         readers: dict[str, list[Edge]] = {}
         tensors: dict[str, gs.Tensor] = {}
         for edge in edges:
-            if not is_constant(edge.tensor):
+            if self._is_weight(edge):
+                weights.append((edge, self._weight_axis(edge)))
+            elif is_constant(edge.tensor):
+                operands.append(edge)
+            else:
                 readers.setdefault(edge.tensor.name, []).append(edge)
                 tensors[edge.tensor.name] = edge.tensor
-            elif edge.index == 1 and self._rule_of(edge.node).role is Role.GAINS:
-                weights.append((edge, self._weight_axis(edge)))
-            else:
-                operands.append(edge)
         users = {name: [edge.node for edge in found] for name, found in readers.items()}
         computed_by: dict[str, gs.Node] = {}
         if self.target.quantizes_outputs:
@@ -373,6 +374,10 @@ class _Placing:
             biases=tuple(bias for node in self.kept.values() if (bias := self._bias_of(node)) is not None),
             skipped=tuple(self.skipped),
         )
+
+    def _is_weight(self, edge: Edge) -> bool:
+        rule = self._rule(edge.node)
+        return edge.index == 1 and rule is not None and rule.role is Role.GAINS and is_weight(edge.tensor)
 
     def _weight_axis(self, edge: Edge) -> int | None:
         if not self._rule_of(edge.node).per_channel or edge.tensor.shape is None:

@@ -35,6 +35,7 @@ from graphopt.placement import node_label
 from graphopt.quantizers import dtype_of
 from graphopt.stored_values import StoredTensor
 from graphopt.targets import Blocks
+from graphopt.weights import is_weight, remove_unread_transpose, weight_values
 
 OPSET = 21
 """The first in which DequantizeLinear knows blocks and types of 4 bits."""
@@ -94,7 +95,7 @@ _BITS, _SCALE_BITS = 4, 32
 
 def _why_not(node: gs.Node, blocks: Blocks, size: int) -> str | None:
     value, weight = node.inputs[:2]
-    if not is_constant(weight):
+    if not is_weight(weight):
         return f"its second input {weight.name} is computed at run time, or may be overridden by a caller"
     if is_constant(value):
         return "both inputs are constant: run fold first"
@@ -109,8 +110,7 @@ def _why_not(node: gs.Node, blocks: Blocks, size: int) -> str | None:
         return f"its sums have {inner} terms, fewer than the {size} weights of a block (block_size makes it smaller)"
     if blocks.divide and inner % size:
         return f"its sums have {inner} terms, which blocks of {size} do not divide (block_size makes it smaller)"
-    values = constant_of(weight)
-    if values is None or not np.isfinite(values).all():
+    if not np.isfinite(weight_values(weight)).all():
         return f"weight {weight.name} holds values that are not finite"
     return None
 
@@ -142,13 +142,13 @@ def store_in_blocks(root: gs.Graph, products: list[Product], blocks: Blocks, siz
         transposed = bool(node.attrs.pop("transB", 0))
         key, place = (id(weight), transposed), (id(graph), id(weight), transposed)
         if key not in quantized:
-            values = constant_of(weight)
-            assert values is not None
+            values = weight_values(weight)
             quantized[key] = quantize_in_blocks(values.T if transposed else values, size, blocks.quant_type)
         if place not in dequantized or not blocks.may_be_shared:
             dequantized[place] = _dequantized(graph, weight, quantized[key], names)
         _prepare_bias(node, quantized[key].stored.shape[1], names, named)
         set_input(node, 1, dequantized[place])
+        remove_unread_transpose(graph, weight)
     for graph in {id(product.graph): product.graph for product in products}.values():
         graph.toposort()
 

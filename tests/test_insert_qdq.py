@@ -392,3 +392,48 @@ def test_a_model_whose_output_sizes_follow_from_values_is_quantized_and_says_whe
     assert [record.failure for record in result.report.passes] == [None, None]
     (told,) = [warning for warning in result.report.warnings if "other sizes" in warning]
     assert told.startswith("output 'places' has other sizes than in the reference in ")
+
+
+def test_what_reads_a_float_operator_in_float_reads_its_own_values():
+    """As the residual Add of a transformer reads its LayerNormalization: no integers are behind that tensor."""
+    proto, _ = quantized(
+        model_of("""
+            <ir_version: 8, opset_import: ["" : 17]>
+            example (float[N,16,8,8] x) => (float[N,16,8,8] y, float[N,16,8,8] s, float[N,16,8,8] t)
+            <float[16,16,3,3] w, float[16] b>
+            { s = Sin(x)  t = Tan(s)  c = Conv<pads=[1,1,1,1]>(s, w, b)  y = Cos(c) }
+        """),
+        ranges=ranges_of(s=(-1, 1), c=(-4, 4)),
+    )
+    readers = [node.op_type for node in proto.graph.node if "s" in node.input]
+    assert sorted(readers) == ["QuantizeLinear", "Tan"]
+    assert next(node for node in proto.graph.node if "s" in node.output).op_type == "Sin"
+    assert next(node for node in proto.graph.node if node.op_type == "Conv").input[0] == "s_dequantized"
+
+
+@pytest.mark.parametrize("target", [ORT_CPU, TENSORRT], ids=lambda target: target.name)
+def test_the_transpose_of_a_tied_embedding_is_a_weight(target):
+    """Exporters store the matrix once: a Gather reads its rows, the last product its transpose."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        example (int64[N,4] i, float[N,4,32] x) => (float[N,4,48] y, float[N,4,32] e)
+        <float[48,32] table>
+        { e = Gather (table, i)  w = Transpose<perm=[1,0]>(table)  y = MatMul (x, w) }
+    """
+    proto = model_of(text)
+    placement_graph = load_model(proto).graph
+    infer_shapes(placement_graph)
+    placed = place(placement_graph, target)
+    assert [(edge.tensor.name, axis) for edge, axis in placed.weights] == [("w", 1)]
+    assert set(placed.activations) == {"x"}
+    result, _ = quantized(proto, target, ranges_of(x=(-3, 3)))
+    random = np.random.default_rng(0)
+    feed = {"i": random.integers(0, 48, (2, 4)), "x": random.standard_normal((2, 4, 32)).astype(np.float32)}
+    expected, found = open_session(proto).run(feed), open_session(result, exact=True).run(feed)
+    np.testing.assert_array_equal(found["e"], expected["e"])
+    error = np.square(found["y"] - expected["y"]).mean() / np.square(expected["y"]).mean()
+    assert error < 1e-3
+    if target is ORT_CPU:
+        stored = initializers(result)
+        assert stored["w_quantized"].dtype == np.int8
+        assert "Transpose" not in {node.op_type for node in result.graph.node}

@@ -77,6 +77,10 @@ FUSED = {
     "Gemm and bias": ("y = Gemm(x, w, b)", {}),
     "Gemm and a bias of two axes": ("y = Gemm(x, w, row)", {}),
     "Gemm, transposed": ("y = Gemm<transB=1>(x, t, b)", {}),
+    "the transpose of what others read": (
+        "v = Transpose<perm=[1,0]>(t) y = MatMul(x, v) z = Add(t, t)",
+        {"outputs": "float[A,32] y, float[32,64] z"},
+    ),
     "a last block that is shorter": ("y = MatMul(x, w70)", {"inputs": "float[4,70] x"}),
 }
 
