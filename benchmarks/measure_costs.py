@@ -67,6 +67,8 @@ KINDS = (
     Kind("AveragePool 3x3", "AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
     Kind("LeakyRelu", "LeakyRelu", {}),
     Kind("Sigmoid", "Sigmoid", {}),
+    Kind("HardSwish", "HardSwish", {}),
+    Kind("HardSigmoid", "HardSigmoid", {}),
     Kind("Tanh, in float", "Tanh", {}),
 )
 

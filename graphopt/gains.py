@@ -36,7 +36,7 @@ def why_float(node: gs.Node, rule: Rule, target: Target) -> str | None:
     rows = fixed_shape(node.outputs[0])
     if rule.needs_rows and rows is not None and all(size == 1 for size in rows[:-1]):
         return "it multiplies a vector: int8 is no faster there"
-    if rule.minimum_channels <= 1 or not is_weight(weight) or weight.shape is None:
+    if weight.shape is None or not all(isinstance(size, int) for size in weight.shape):
         return None
     return _why_too_small(node, rule, target)
 
@@ -63,7 +63,7 @@ def rank_of(tensor: gs.Tensor) -> int | None:
 def _why_too_small(node: gs.Node, rule: Rule, target: Target) -> str | None:
     """Whether too few channels meet in an operator, or its kernel is too large, for int8 to gain there."""
     least = rule.minimum_channels
-    weight = tuple(node.inputs[1].shape)
+    weight = tuple(node.inputs[1].shape)  # of an activation in its place, too
     group, kernel = node.attrs.get("group", 1), weight[2:]
     if rule.largest_kernel is not None and math.prod(kernel) > rule.largest_kernel:
         return f"its kernel has {math.prod(kernel)} places, and those of this type at most {rule.largest_kernel}"

@@ -9,6 +9,7 @@ import re
 import statistics
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from graphopt.errors import DataError, GraphoptError, ModelError
 from graphopt.feeds import Feed, InputSpec
 from graphopt.model_io import Model, fits_one_file, load_model
+from graphopt.operators import RANDOM
 from graphopt.protobuf import all_graph_protos, without
 from graphopt.weight_sharing import share_weights
 
@@ -271,6 +273,8 @@ def _open(
     else:
         proto, weights = share_weights(model)
         options.add_external_initializers(list(weights), list(weights.values()))
+    if isinstance(model, Model):
+        _settle_seeds(proto)
     _add_outputs(proto, extra_outputs)
     return _session(proto.SerializeToString(), options, weights, by_default)
 
@@ -305,6 +309,19 @@ def _session(
         if by_default or not disabled:
             raise
     return Session(_with_our_errors(lambda: create(disabled)), weights)
+
+
+def _settle_seeds(proto: onnx.ModelProto) -> None:
+    """Give random operators without a seed one that follows from their names: rewritten models compare that have them.
+
+    onnxruntime would number seeds by the places of operators in the graph.
+    """
+    for node in (node for graph in all_graph_protos(proto.graph) for node in graph.node):
+        if node.op_type in RANDOM and not any(each.name == "seed" for each in node.attribute):
+            seed = zlib.crc32(node.output[0].encode()) % 2**16
+            node.attribute.append(
+                onnx.helper.make_attribute("seed", seed if node.op_type == "Dropout" else float(seed))
+            )
 
 
 def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ CONSTANTS = {
     "wt": np.ones((16, 16, 3, 3), np.int8),
     "w8": np.ones((8, 8, 3, 3), np.int8),
     "wm": np.ones((16, 16), np.int8),
+    "w44": np.ones((16, 4, 4), np.int8),
     "b": np.ones(16, np.float32),
     "b32": np.ones(16, np.int32),
     "mean": np.zeros(16, np.float32),
@@ -142,6 +143,10 @@ def test_a_graph_that_keeps_the_rule_is_not_found(name):
 
 def test_what_is_added_to_a_matrix_product_need_not_be_quantized():
     assert "TRT014" not in broken(f"{X} m = MatMul(xd, xd) y = Add(m, x)")
+
+
+def test_a_stack_of_matrices_has_one_scale():
+    assert "TRT018" not in broken("v = DequantizeLinear(w44, s, z) y = MatMul(x, v)")
 
 
 @pytest.mark.parametrize(("names", "found"), [("??", True), ("?A", False), ("AA", False), ("AB", False)])

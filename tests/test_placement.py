@@ -80,6 +80,17 @@ def test_tensorrt_leaves_what_is_added_to_a_matrix_product_float():
     assert quantized(place(graph, TENSORRT)) == {"x"}
 
 
+@pytest.mark.parametrize(("features", "placed"), [(12, set()), (16, {"x", "k"})])
+def test_tensorrt_leaves_products_of_small_heads_float(features, placed):
+    inputs = f"float[2,32,{features}] x, float[2,{features},32] k"
+    graph = graph_of("y = MatMul(x, k)", inputs=inputs, outputs="float[2,32,32] y")
+    placement = place(graph, TENSORRT)
+    assert quantized(placement) == placed
+    assert [skip.reason for skip in placement.skipped] == (
+        [] if placed else ["12 channels in and 32 out: under 16, int8 is no faster"]
+    )
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tensorrt_takes_the_shorter_branch_of_a_projection_as_the_bypass(swapped):
     operands = "p, d" if swapped else "d, p"

@@ -318,3 +318,17 @@ def test_a_model_that_an_optimizer_stumbles_over_runs_without_that_optimizer():
     assert open_session(model).run({"x": x})["y"].tolist() == [0, 0.5, 0.5, 1, 2, 3, 4, 63.5]
     with pytest.raises(ModelError, match="output_dtype INT8 does not match"):  # others would see that, and so lint
         optimized_ops(model)
+
+
+def test_random_operators_give_the_same_in_every_session_wherever_they_stand():
+    first = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2, 4] x) => (float[2, 4] y) { n = RandomNormalLike (x) y = Add (x, n) }
+    """
+    later = first.replace("{ n", "{ a = Neg (x) b = Neg (a) n").replace("Add (x", "Add (b")
+    feed = {"x": np.zeros((2, 4), np.float32)}
+    sessions = [open_session(load_model(onnx.parser.parse_model(text)), optimize=False) for text in (first, later)]
+    for _ in range(2):
+        ours, theirs = (session.run(feed)["y"] for session in sessions)
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.std() > 0

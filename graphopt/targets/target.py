@@ -163,7 +163,7 @@ class Target:
         rules: by operator type; what is missing stays float without a word.
         stays_float: operators that a user would expect in int8, with the reason why they are not.
         absorbed: activation functions that the Q behind them makes redundant.
-        quantizes_outputs: an int8 operator needs its output quantized too, and all consumers read the quantized
+        quantizes_outputs: an int8 operator needs its output quantized too, and all consumers of that read the quantized
             tensor (onnxruntime); else quantizers belong to the consumer's input (TensorRT).
         absorbs_factors: a product with a positive constant factor costs nothing: a DQ with another scale.
         decomposed: operators that run in int8 only as what they stand for, or faster so (`graphopt.decompositions`).

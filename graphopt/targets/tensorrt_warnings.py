@@ -171,7 +171,8 @@ def weights_have_a_scale_for_each_channel(subject: Subject) -> Places:
         if node.op == "ConvTranspose" or weight is None or not is_weight(weight) or not weight.is_per_tensor:
             continue
         shape = fixed_shape(weight.data)
-        if shape is not None and len(shape) > 1 and max(shape[0], shape[-1]) > 1:
+        is_stack = node.op == "MatMul" and shape is not None and len(shape) > 2  # whose matrices share no channels
+        if shape is not None and len(shape) > 1 and max(shape[0], shape[-1]) > 1 and not is_stack:
             yield label_of(node), "its weight has one scale: one for each output channel is more exact and as fast"
 
 
