@@ -25,6 +25,7 @@ from graphopt.passes.insert_qdq import InsertQdq
 from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializers
 from graphopt.passes.merge_parallel_convs import MergeParallelConvs
+from graphopt.passes.merge_reshaped_transposes import MergeReshapedTransposes
 from graphopt.passes.merge_reshapes import MergeReshapes
 from graphopt.passes.merge_transposes import MergeTransposes
 from graphopt.passes.prune import Prune
@@ -52,6 +53,7 @@ __all__ = [
     "MergeCommonSubexpressions",
     "MergeDuplicateInitializers",
     "MergeParallelConvs",
+    "MergeReshapedTransposes",
     "MergeReshapes",
     "MergeTransposes",
     "Prune",

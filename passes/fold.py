@@ -27,6 +27,7 @@ from graphopt.passes.inline_functions import InlineFunctions
 from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from graphopt.passes.merge_duplicate_initializers import MergeDuplicateInitializers
 from graphopt.passes.merge_parallel_convs import MergeParallelConvs
+from graphopt.passes.merge_reshaped_transposes import MergeReshapedTransposes
 from graphopt.passes.merge_reshapes import MergeReshapes
 from graphopt.passes.merge_transposes import MergeTransposes
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
@@ -36,7 +37,7 @@ from graphopt.passes.replace_concat import ReplaceConcat
 from graphopt.passes.replace_sum import ReplaceSum
 from graphopt.shapes import infer_shapes, is_name
 
-_MAX_ROUNDS = 20  # of all members; real models need two to four
+_MAX_ROUNDS = 100  # of all members; most need two to four, chains of computed Pads one for each
 _MAX_REPEATS = 3  # how often the same nodes may come back, with other constants, before that is an oscillation
 
 
@@ -84,6 +85,7 @@ MEMBERS: tuple[type[Pass], ...] = (
     MergeCommonSubexpressions,
     MergeReshapes,
     MergeTransposes,
+    MergeReshapedTransposes,
     FoldBatchNorm,
     FoldAffine,
     MergeParallelConvs,
@@ -113,11 +115,12 @@ class _Turns:
         seen: Counter[int] = Counter()
         quiet = 0  # turns in a row that changed nothing
         for turn in range(_MAX_ROUNDS * len(self._members)):
-            if quiet == len(self._members) and not self._learn_shapes():
-                break
             place = turn % len(self._members)
+            if (place == 0 or quiet == len(self._members)) and self._learn_shapes():
+                quiet = 0
+            if quiet == len(self._members):
+                break
             if place == 0:
-                self._learn_shapes()
                 seen[_fingerprint(self._graph)] += 1
                 if max(seen.values()) > _MAX_REPEATS:
                     self._note_end("its members undo each other's changes")
@@ -163,9 +166,11 @@ def _fingerprint(graph: gs.Graph) -> int:
 
 
 def _has_unknown_sizes(graph: gs.Graph) -> bool:
+    """Whether a size may become known: those of the inputs have names that no inference replaces by numbers."""
+    names = {size for tensor in graph.inputs for size in tensor.shape or () if is_name(size)}
     interface = {id(tensor) for tensor in graph.outputs}  # stays as it is stated
     return any(
-        tensor.shape is None or not all(isinstance(size, int) or is_name(size) for size in tensor.shape)
+        tensor.shape is None or not all(isinstance(size, int) or size in names for size in tensor.shape)
         for each in all_graphs(graph)
         for node in each.nodes
         for tensor in present(node.outputs)

@@ -106,6 +106,26 @@ def test_squeezing_a_size_that_is_not_known_says_that_it_is_one():
     assert _left(step, 3, x="float[N,M,4] x", feed={"x": np.ones((3, 1, 4), np.float32)}) == []
 
 
+TRANSPOSES = {
+    "r = Reshape (a, heads) b = Transpose <perm = [0, 2, 1, 3]> (r)": ("float[1,1,12] x", 4, ["Reshape"]),
+    "r = Transpose <perm = [0, 2, 3, 1]> (a) b = Flatten (r)": ("float[N,12,1,1] x", 2, ["Squeeze"]),
+    "r = Transpose (a) b = Squeeze (r, zero)": ("float[3,1] x", 1, ["Squeeze"]),
+    "r = Unsqueeze (a, one) b = Transpose <perm = [1, 0, 2, 3]> (r)": ("float[N,3,4] x", 4, ["Unsqueeze"]),
+    "r = Unsqueeze (a, one) b = Transpose <perm = [1, 0, 3, 2]> (r)": ("float[N,3,4] x", 4, ["Unsqueeze", "Transpose"]),
+    "r = Transpose <perm = [0, 2, 3, 1]> (a) c = Flatten (r) b = Abs (c)": (
+        "float[N,12,M,1] x",
+        2,
+        ["Transpose", "Flatten", "Abs"],
+    ),
+}
+
+
+@pytest.mark.parametrize("step", TRANSPOSES)
+def test_a_transpose_of_axes_of_size_1_reshapes(step):
+    x, rank, left = TRANSPOSES[step]
+    assert _left(step, rank, x=x, heads=_int64(1, -1, 4, 3)) == left
+
+
 def test_copies_sizes_that_stay_in_their_places():
     step = "r = Unsqueeze (a, last) b = Reshape (r, s)"
     assert _left(step, 4, x="float[N,M,8] x", s=_int64(0, 0, 2, 4)) == ["Reshape"]
