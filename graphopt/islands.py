@@ -1,7 +1,7 @@
 """Int8 islands: operators that hand integers to each other, and which of them are worth their conversions.
 
-Between an island and the float graph around it stand a Q or a DQ, in onnxruntime also a change of layout. What its
-operators save must pay for them:
+Between an island and the float graph around it stand a Q or a DQ, in onnxruntime also a change of layout where the
+float graph goes on with a Conv. What its operators save must pay for them:
 
     saved = sum over its operators of MACs * saving per MAC, or of values * saving per value
     spent = sum over its borders of a fixed cost + elements * cost per element
@@ -64,12 +64,16 @@ class Link:
         computed_by: the operator; None: it comes from the float graph.
         users: operators that read its integers.
         is_read_in_float: others read it too.
+        is_of_conv: a Conv computes it, whether in int8 or in float.
+        is_read_by_float_conv: a Conv is among the others that read it.
     """
 
     tensor: gs.Tensor
     computed_by: gs.Node | None
     users: tuple[gs.Node, ...]
     is_read_in_float: bool
+    is_of_conv: bool
+    is_read_by_float_conv: bool
 
     @property
     def members(self) -> tuple[gs.Node, ...]:
@@ -82,6 +86,12 @@ class Link:
         if self.computed_by is None or id(self.computed_by) not in int8:
             return any(used)
         return self.is_read_in_float or not all(used)
+
+    def changes_layout(self, int8: Collection[int]) -> bool:
+        """Whether it comes from a float Conv to an int8 operator, or the other way round, if those are in int8."""
+        if self.computed_by is None or id(self.computed_by) not in int8:
+            return self.is_of_conv and any(id(user) in int8 for user in self.users)
+        return self.is_read_by_float_conv or any(user.op == "Conv" and id(user) not in int8 for user in self.users)
 
 
 def islands_of(placement: Placement) -> list[Island]:
@@ -111,9 +121,17 @@ def _links(placement: Placement, kept: Mapping[int, gs.Node]) -> Iterator[Link]:
     quantized += [(each.tensor, producer(each.tensor), ()) for each, _ in placement.rescaled]
     for tensor, computed_by, others in quantized:
         users = {id(node): node for node in (*others, *tensor.outputs) if id(node) in kept and node is not computed_by}
-        in_float = id(tensor) in outputs or any(id(node) not in kept for node in tensor.outputs)
+        in_float = [node for node in tensor.outputs if id(node) not in kept]
+        before = producer(tensor) if computed_by is None else computed_by
         if users or computed_by is not None:
-            yield Link(tensor, computed_by, tuple(users.values()), in_float)
+            yield Link(
+                tensor,
+                computed_by,
+                tuple(users.values()),
+                is_read_in_float=id(tensor) in outputs or bool(in_float),
+                is_of_conv=before is not None and before.op == "Conv",
+                is_read_by_float_conv=any(node.op == "Conv" for node in in_float),
+            )
 
 
 def too_small(
@@ -190,25 +208,34 @@ class _Trade:
             flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
         for link in island.links:
             source = _FLOAT if link.computed_by is None else id(link.computed_by)
-            cost = self._conversion(link.tensor)
-            capacity = {} if cost is None else {"capacity": cost}
-            quantize, dequantize = (link.tensor.name, "Q"), (link.tensor.name, "DQ")
+            conversion, layout = self._conversion(link.tensor), self._layout(link.tensor)
+            quantize, dequantize, reorder = ((link.tensor.name, what) for what in ("Q", "DQ", "layout"))
             flow.add_edges_from((id(user), quantize) for user in link.users)
-            flow.add_edge(quantize, source, **capacity)
-            if link.computed_by is not None:
-                flow.add_edge(source, dequantize, **capacity)
-                flow.add_edges_from((dequantize, id(user)) for user in link.users)
-                if link.is_read_in_float:
-                    flow.add_edge(dequantize, _FLOAT)
+            flow.add_edge(quantize, source, **_capacity(conversion, layout if link.is_of_conv else 0.0))
+            if link.computed_by is None:
+                continue
+            flow.add_edge(source, dequantize, **_capacity(conversion))
+            flow.add_edges_from((dequantize, id(user)) for user in link.users)
+            if link.is_read_in_float:
+                flow.add_edge(dequantize, _FLOAT)
+            flow.add_edge(source, reorder, **_capacity(layout))
+            flow.add_edges_from((reorder, id(user)) for user in link.users if user.op == "Conv")
+            if link.is_read_by_float_conv:
+                flow.add_edge(reorder, _FLOAT)
         return flow
 
     def _spent(self, island: Island, int8: Collection[int]) -> float:
-        converted = [self._conversion(link.tensor) for link in island.links if link.is_converted(int8)]
-        return sum(cost for cost in converted if cost is not None)
+        spent = [self._conversion(link.tensor) for link in island.links if link.is_converted(int8)]
+        spent += [self._layout(link.tensor) for link in island.links if link.changes_layout(int8)]
+        return sum(cost for cost in spent if cost is not None)
 
     def _conversion(self, tensor: gs.Tensor) -> float | None:
         size = self._size(tensor)
         return None if size is None else self.costs.border_ns + self.costs.border_ns_per_element * size
+
+    def _layout(self, tensor: gs.Tensor) -> float | None:
+        size = self._size(tensor)
+        return None if size is None else self.costs.layout_ns + self.costs.layout_ns_per_element * size
 
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)
@@ -242,6 +269,12 @@ class _Trade:
     def _size(self, tensor: gs.Tensor) -> float | None:
         shape = self.shapes.get(tensor.name)
         return self.observed(tensor) if shape is None else math.prod(shape)
+
+
+def _capacity(*costs: float | None) -> dict[str, float]:
+    """What an edge of a flow can carry; without, where a cost is not known, it is never cut."""
+    known = [cost for cost in costs if cost is not None]
+    return {"capacity": sum(known)} if len(known) == len(costs) else {}
 
 
 def _copies(node: gs.Node, macs: float) -> float:

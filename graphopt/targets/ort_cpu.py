@@ -64,15 +64,17 @@ _RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}
 # those of 8 up to 0.13. Depthwise Convs lose up to 0.02 ns a MAC where the tensor is large, and gain as much where
 # it is small. Between float operators one row times 0.2 and 0.26 M weights loses 1 and 2 us, 0.6 M save 2 us and 1
 # M, which are not in the cache, 26; 16 rows times 16,000 weights lose 2 us. A Q or DQ costs 2 to 5 us for 18,000
-# values, 14 to 17 for 100,000, 27 to 33 for 200,000; what the float operators behind it lose to another layout comes
-# on top. A Conv of 1 channel to 1, with a kernel of 256, takes 1.6 ms for 21,922 places in float and 3.9 in int8;
-# 3 channels to 8, 3 x 3 on 224 x 224, 0.09 and 0.21. PRelu of 68,000 values takes 93 us in float and 60 in int8, as
-# three operators. Softmax of an inner axis takes 8 to 9 ns a value in float and 2 in int8 before a Conv, in whose
-# layout that axis comes last.
+# values, 14 to 17 for 100,000, 27 to 33 for 200,000; a float Conv between int8 ones costs 5 us and 0.2 to 0.6 ns a
+# value more, for two changes of layout. A Conv of 1 channel to 1, with a kernel of 256, takes 1.6 ms for 21,922
+# places in float and 3.9 in int8; 3 channels to 8, 3 x 3 on 224 x 224, 0.09 and 0.21. PRelu of 68,000 values takes
+# 93 us in float and 60 in int8, as three operators. Softmax of an inner axis takes 8 to 9 ns a value in float and 2
+# in int8 before a Conv, in whose layout that axis comes last.
 _COSTS = Costs(
     saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.01, FEW_ROWS: 0.008, "Gemm": 0.035, "MatMul": 0.035},
     border_ns=1000,
     border_ns_per_element=0.15,
+    layout_ns=2500,
+    layout_ns_per_element=0.15,
     saved_ns_and_per_value={
         "LeakyRelu": (-500, 0.14),
         "PRelu": (-3000, 0.5),

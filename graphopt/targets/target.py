@@ -97,13 +97,17 @@ class Costs:
         fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
         copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
             they read copies, of so few values at a time that to copy takes longer than to compute.
-        border_ns: of any Q or DQ between int8 and float operators, with the change of layout that comes with it.
+        border_ns: of any Q or DQ between int8 and float operators.
         border_ns_per_element: of the tensor there.
+        layout_ns: what comes on top where the float operator is a Conv, whose layout of memory is another.
+        layout_ns_per_element: of the tensor there.
     """
 
     saved_ns_per_mac: Mapping[str, float]
     border_ns: float
     border_ns_per_element: float
+    layout_ns: float = 0.0
+    layout_ns_per_element: float = 0.0
     saved_ns_and_per_value: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fused_in_float: frozenset[str] = frozenset()
     copied_ns: float = 0.0
