@@ -27,7 +27,7 @@ from graphopt.targets import target_named
 from graphopt.thresholds import Method
 
 PASSES = "freeze-inputs,fold"
-TARGETS = {"ort-cpu": "qdq:small_islands=true", "tensorrt": "qdq"}
+TARGETS = ("ort-cpu", "tensorrt")
 SCORED = 32
 
 
@@ -56,8 +56,7 @@ def measure(name: str, zoo: Path, target: str) -> Measured:
     by_method = {method: kept.rechosen(method, percent=99.99, target=table) for method in CANDIDATES}
 
     def score(ranges: Ranges) -> float:
-        passes = f"{PASSES},{TARGETS[target]}"
-        quantized = graphopt.optimize(model, passes, ranges=ranges, target=target, verify=False)
+        quantized = graphopt.optimize(model, f"{PASSES},qdq", ranges=ranges, target=target, verify=False)
         compared = graphopt.check(model, quantized.model, data=evaluation, samples=SCORED, exact=not table.runs_here)
         return min(each.sqnr_db for each in compared.comparison.outputs if each.sqnr_db is not None)
 

@@ -24,7 +24,7 @@ from graphopt.graph_copy import copy_graph
 from graphopt.held_out import decibels, noise_by_output, noise_to_signal
 from graphopt.model_io import Model
 from graphopt.pass_base import Context, Pass
-from graphopt.progress import track
+from graphopt.progress import silent, track
 from graphopt.ranges import Ranges, TensorRange
 from graphopt.runtime import Session, arrays_in, open_session
 from graphopt.thresholds import Method
@@ -82,7 +82,7 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
         graph: stays as it is; its shapes are inferred.
         ranges: with histograms.
         feeds: what it is run on.
-        context: its target and progress.
+        context: of the pipeline; what `quantize` would ask for each copy anew should be known in it.
         quantize: the pass that puts ranges into a graph.
 
     Raises:
@@ -127,7 +127,7 @@ class _Comparing:
 
     def _session(self, ranges: Ranges) -> Session:
         context, copy = self._context, copy_graph(self._graph)
-        self._quantize.apply(copy, Context(target=context.target, frame=context.frame, ranges=ranges))
+        self._quantize.apply(copy, replace(context, ranges=ranges, progress=silent))
         return open_session(Model(copy, context.frame), exact=not context.target.runs_here)
 
     def _samples(self, feeds: Sequence[Feed]) -> Samples:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from graphopt.calibrated_placement import place_calibrated
 from graphopt.channel_statistics import ChannelStatistics
 from graphopt.data_checks import DataChecks
 from graphopt.data_free import METHODS, ranges_without_data
@@ -26,7 +27,7 @@ from graphopt.method_search import CANDIDATES, SAMPLES, search
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
-from graphopt.passes.insert_qdq import InsertQdq
+from graphopt.passes.insert_qdq import InsertQdq, reasons_too_small
 from graphopt.placement import place_all
 from graphopt.ranges import Ranges, range_of
 from graphopt.responses import responses
@@ -126,7 +127,9 @@ class Calibrate(Pass):
         )
         notes = observation.notes
         if searches and ranges.tensors:
-            found = search(graph, ranges, checks.drawn(SAMPLES), context, InsertQdq(small_islands=True))
+            placements = place_calibrated(graph, context.target, {}, ranges)
+            small = reasons_too_small(graph, placements, context.target, context, ranges)
+            found = search(graph, ranges, checks.drawn(SAMPLES), replace(context, too_small=small), InsertQdq())
             ranges, notes = found.ranges, (*notes, str(found))
         context.ranges = ranges if self.histograms else ranges.without_histograms()
         return PassResult(

@@ -178,8 +178,10 @@ class InsertQdq(Pass):
         if self.autotune:
             slower, measured = _slower_here(graph, target, placements, excluded, ranges, context)
         elif target.costs is not None and not self.small_islands:
-            shapes = None if context.samples is None else context.samples.first_shapes()
-            slower = too_small(graph, placements, target.costs, shapes, _observed_sizes(graph, ranges))
+            reasons = context.too_small
+            if reasons is None:
+                reasons = reasons_too_small(graph, placements, target, context, ranges)
+            slower = {id(node): why for node in _nodes(graph) if (why := reasons.get(node.outputs[0].name))}
         if slower:
             excluded |= slower
             placements = place_calibrated(graph, target, excluded, ranges)
@@ -306,6 +308,17 @@ def _without_ranges(graph: gs.Graph, target: Target, excluded: dict[int, str]) -
 
 def _first_sample(context: Context) -> Feed | None:
     return None if context.samples is None else next(iter(context.samples), None)
+
+
+def reasons_too_small(
+    graph: gs.Graph, placements: Sequence[Placement], target: Target, context: Context, ranges: Ranges
+) -> dict[str, str]:
+    """By the name of its first output, why an operator does not pay in int8 on the target."""
+    if target.costs is None:
+        return {}
+    shapes = None if context.samples is None else context.samples.first_shapes()
+    found = too_small(graph, placements, target.costs, shapes, _observed_sizes(graph, ranges))
+    return {node.outputs[0].name: found[id(node)] for node in _nodes(graph) if id(node) in found}
 
 
 def _observed_sizes(graph: gs.Graph, ranges: Ranges) -> Callable[[gs.Tensor], float | None]:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx.parser
@@ -11,7 +12,7 @@ from graphopt.held_out import noise_to_signal
 from graphopt.method_search import CANDIDATES
 from graphopt.model_io import Model, load_model
 from graphopt.pass_base import Context
-from graphopt.passes import InsertQdq
+from graphopt.passes import InsertQdq, insert_qdq
 from graphopt.passes.calibrate import Calibrate
 from graphopt.runtime import open_session
 from graphopt.targets import target_named
@@ -49,7 +50,8 @@ def feeds_with(outliers, count=40):
 
 def calibrated(feeds, text=NET, target="ort-cpu", **options):
     model = load_model(onnx.parser.parse_model(text))
-    context = Context(target=target_named(target), samples=feeds if isinstance(feeds, Samples) else samples_of(feeds))
+    table = target_named(target) if isinstance(target, str) else target
+    context = Context(target=table, samples=feeds if isinstance(feeds, Samples) else samples_of(feeds))
     result = Calibrate(**options).apply(model.graph, context)
     return context.ranges, result
 
@@ -99,10 +101,18 @@ def outlying_on_both_paths():
 
 
 def test_tensors_that_want_different_methods_get_them():
-    ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS)
+    whatever_pays = replace(target_named("ort-cpu"), costs=None)
+    ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS, target=whatever_pays)
     assert ranges.tensors["x"].maximum > 10 * ranges.tensors["z"].maximum
     assert (ranges.tensors["x"].method, ranges.tensors["z"].method) == ("minmax", ranges.method.value)
     assert "with the ranges of other methods for 1 tensors" in result.notes[-1]
+
+
+def test_what_does_not_pay_is_found_once_for_all_copies(monkeypatch):
+    asked = []
+    monkeypatch.setattr(insert_qdq, "too_small", lambda *_: asked.append(1) or {})
+    calibrated(feeds_with(3))
+    assert len(asked) == 1
 
 
 def test_gains_that_may_be_chance_are_none():
