@@ -127,9 +127,8 @@ class Calibrate(Pass):
         )
         notes = observation.notes
         if searches and ranges.tensors:
-            placements = place_calibrated(graph, context.target, {}, ranges)
-            small = reasons_too_small(graph, placements, context.target, context, ranges)
-            found = search(graph, ranges, checks.drawn(SAMPLES), replace(context, too_small=small), InsertQdq())
+            judged = replace(context, too_small=_too_small(graph, context, ranges))
+            found = search(graph, ranges, checks.drawn(SAMPLES), judged, InsertQdq())
             ranges, notes = found.ranges, (*notes, str(found))
         context.ranges = ranges if self.histograms else ranges.without_histograms()
         return PassResult(
@@ -185,6 +184,13 @@ class Calibrate(Pass):
             {name: seen for name, seen in found.items() if not seen.varies},
             tuple(Skip(name, reason) for name in varying),
         )
+
+
+def _too_small(graph: gs.Graph, context: Context, ranges: Ranges) -> dict[str, str]:
+    """What `qdq` leaves in float since it does not pay; nothing where that is everything: no method would matter."""
+    placements = place_calibrated(graph, context.target, {}, ranges)
+    found = reasons_too_small(graph, placements, context.target, context, ranges)
+    return found if any(node.outputs[0].name not in found for each in placements for node in each.nodes) else {}
 
 
 def _constant_tensors(ranges: Ranges) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from graphopt.calibrated_placement import place_calibrated
 from graphopt.decompositions import decompose, is_decomposed, write_clips_as_limits
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
+from graphopt.float_weights import keep_weights_float
 from graphopt.graph import Names, all_graphs
 from graphopt.graph_copy import copy_graph
 from graphopt.insertion import insert_pairs
@@ -389,6 +390,8 @@ def _quantize(
             rewritten["Convs with channels of zeros"] += padded
         if target.repeats_pixels:
             rewritten["Resizes as copies"] += repeat_pixels(each.graph, each.nodes, names)
+        kept = keep_weights_float(each.graph, target.quantizes_weights, target.absorbed, names)
+        rewritten["weights kept float"] += kept
     if target.clips_hide_products:
         floating = {op for op, rule in target.rules.items() if rule.role is Role.GAINS and not rule.needs_output}
         write_clips_as_limits(graph, [node for each in placements for node in each.nodes if node.op in floating])

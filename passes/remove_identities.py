@@ -10,7 +10,7 @@ Only what can be proven for every input of the model goes:
   Tile by 1; Squeeze and Unsqueeze of no axis; reductions that their attribute turns off; Resize by 1
 - x + 0, 0 + x, x - 0, x * 1, 1 * x, x / 1, x ** 1, x and true, x or false where the constant does not broadcast x to a
   larger shape; Where with a condition that is the same everywhere, likewise
-- Neg of Neg, Not of Not, and Relu of what is not negative by its operator
+- Neg of Neg, Not of Not, Relu of what is not negative by its operator, and LeakyRelu with a slope of 1
 
 A Clip without bounds stays: it makes an infinity the largest number of its type.
 
@@ -311,6 +311,10 @@ def _relu(node: gs.Node, opset: int) -> bool:
     return low is not None and bool(low >= 0)
 
 
+def _leaky_relu(node: gs.Node, _opset: int) -> bool:
+    return bool(node.attrs.get("alpha", 0.01) == 1)
+
+
 _SAME: dict[str, _Rule] = {
     "Identity": _first_if(_identity),
     "Dropout": _first_if(_dropout),
@@ -346,6 +350,7 @@ _SAME: dict[str, _Rule] = {
     "Neg": _twice,
     "Not": _twice,
     "Relu": _first_if(_relu),
+    "LeakyRelu": _first_if(_leaky_relu),
 }
 _READ_TYPES = {  # or shapes
     *("Add", "And", "Cast", "CastLike", "Div", "Expand", "Flatten", "Gather", "Mul", "Or", "Pow", "Reshape", "Slice"),

@@ -437,3 +437,23 @@ def test_the_transpose_of_a_tied_embedding_is_a_weight(target):
         stored = initializers(result)
         assert stored["w_quantized"].dtype == np.int8
         assert "Transpose" not in {node.op_type for node in result.graph.node}
+
+
+@pytest.mark.parametrize("middle", ["", "e = Relu(d)", "e = Tanh(d)"])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_a_conv_that_is_excluded_between_int8_convs_runs_in_float(middle, excluded):
+    """onnxruntime would quantize the weight of such a Conv itself, with one scale for all channels."""
+    conv, last = "Conv<pads=[1,1,1,1]>", "e" if middle else "d"
+    model = model_of(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        example (float[N,16,8,8] x) => (float[N,16,8,8] y) <float[16,16,3,3] w, float[16] b>
+        {{ c = {conv}(x, w, b) d = {conv}(c, w, b) {middle} y = {conv}({last}, w, b) }}
+    """)
+    for node in model.graph.node:
+        node.name = node.output[0]
+    ranges = ranges_of(x=(-3, 3), c=(-4, 4), d=(-5, 5), e=(0, 5), y=(-6, 6))
+    proto, result = quantized(model, ranges=ranges, exclude=("d",) if excluded else ())
+    assert result.parts.get("weights kept float", 0) == int(excluded and "Tanh" not in middle)
+    ran = optimized_ops(proto)
+    assert (ran["QLinearConv"], ran["Conv"] + ran["FusedConv"]) == ((2, 1) if excluded else (3, 0))
+    assert ran["DequantizeLinear"] == (2 if excluded or "Tanh" in middle else 1)

@@ -106,6 +106,10 @@ def test_a_factor_that_is_a_graph_output_keeps_its_name(target):
     check(["conv", "factor", "conv"], {1}, target)
 
 
+ROUNDING = (4.5 / 255) ** 2 / 12
+"""Noise of one rounding of tensors that span 4.5, as those of these nets do, to 8 bits: outputs near 0 have no less."""
+
+
 def quantized(model, target, insert, calibrate, feeds=(FEED,)):
     loaded = load_model(model)
     context = Context(target=target_named(target))
@@ -130,4 +134,4 @@ def check_model(model, target, flags=()):
             assert list(found) == list(expected)
             for name, values in expected.items():
                 noise = float(((values - found[name]) ** 2).mean())
-                assert noise <= 0.02 * float((values**2).mean()) + 1e-6, (name, optimize)
+                assert noise <= 0.02 * float((values**2).mean()) + ROUNDING, (name, optimize)

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import numpy as np
 import onnx.parser
@@ -50,8 +49,7 @@ def feeds_with(outliers, count=40):
 
 def calibrated(feeds, text=NET, target="ort-cpu", **options):
     model = load_model(onnx.parser.parse_model(text))
-    table = target_named(target) if isinstance(target, str) else target
-    context = Context(target=table, samples=feeds if isinstance(feeds, Samples) else samples_of(feeds))
+    context = Context(target=target_named(target), samples=feeds if isinstance(feeds, Samples) else samples_of(feeds))
     result = Calibrate(**options).apply(model.graph, context)
     return context.ranges, result
 
@@ -101,8 +99,7 @@ def outlying_on_both_paths():
 
 
 def test_tensors_that_want_different_methods_get_them():
-    whatever_pays = replace(target_named("ort-cpu"), costs=None)
-    ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS, target=whatever_pays)
+    ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS)
     assert ranges.tensors["x"].maximum > 10 * ranges.tensors["z"].maximum
     assert (ranges.tensors["x"].method, ranges.tensors["z"].method) == ("minmax", ranges.method.value)
     assert "with the ranges of other methods for 1 tensors" in result.notes[-1]

@@ -68,6 +68,7 @@ _REMOVED = {
     "Relu of Relu": ("c = Relu (a) d = Relu (c) b = Mul (c, d)", {}),
     **{f"Relu of {op}": (f"c = {op} (a) b = Relu (c)", {}) for op in ("Sigmoid", "Softmax", "Exp", "Softplus")},
     "Relu of Clip": ("c = Clip (a, k) b = Relu (c)", {"k": np.float32(0.5)}),
+    "a slope of 1": ("b = LeakyRelu <alpha = 1.0> (a)", {}),
     "Neg of Neg": ("c = Neg (a) d = Neg (c) b = Mul (c, d)", {}),
     "Resize by 1": ("b = Resize (a, , s)", {"s": np.ones(3, np.float32)}),
 }
@@ -146,6 +147,7 @@ _KEPT = {
     "Where that differs": ("b = Where (t, a, k)", {"t": np.array([True] * 3 + [False]), "k": _ONES}),
     "Where of an unknown shape": ("c = Neg (a) b = Where (t, a, c)", {"t": np.array([True])}),
     "Relu of Tanh": ("c = Tanh (a) b = Relu (c)", {}),
+    "LeakyRelu of its own slope": ("b = LeakyRelu (a)", {}),
     "Relu of a Clip below zero": ("c = Clip (a, k) b = Relu (c)", {"k": np.float32(-0.5)}),
     "Relu of a Clip without a lowest": ("c = Clip (a, , k) b = Relu (c)", {"k": np.float32(0.5)}),
     "Neg of Abs": ("c = Abs (a) b = Neg (c)", {}),
