@@ -122,15 +122,15 @@ def _merged(chain: Sequence[gs.Node], last: gs.Node, opset: int) -> list[Step]:
     fine = [replace(axis, split=inner[axis.split], joined=outer.index(axis.joined)) for axis in _finer(split, joined)]
     before, after = sorted(fine, key=lambda axis: axis.split), sorted(fine, key=lambda axis: axis.joined)
     if before == after:
-        steps = [step_between(given, result, middle.positive)]
-    else:
-        ways = list(_ways(before, after, given, result, middle.positive))
-        if not ways:
-            raise Refusal("no single operators lead to the axes that move, and from them")
-        steps = min(ways, key=lambda way: (not any(map(_moves_one_axis, way)), len(way)))
-        if not any(map(_moves_one_axis, steps)) and _is_of_one_axis(inner) and _is_of_one_axis(outer):
-            raise Refusal("one Transpose would move more than one axis, which takes longer than both")
-    return [step for step in steps if step != _NOTHING]
+        step = step_between(given, result, middle.positive)
+        return [] if step == _NOTHING else [step]
+    ways = list(_ways(before, after, given, result, middle.positive))
+    if not ways:
+        raise Refusal("no single operators lead to the axes that move, and from them")
+    steps = min(ways, key=lambda way: (not any(map(_moves_one_axis, way)), len(way)))
+    if not any(map(_moves_one_axis, steps)) and _is_of_one_axis(inner) and _is_of_one_axis(outer):
+        raise Refusal("one Transpose would move more than one axis, which takes longer than both")
+    return steps
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,14 @@ def _ways(
     widths, permutation = _joined(before, after)
     for sizes, order in (*orders, (widths, permutation)):
         try:
-            yield [
+            steps = (
                 step_between(given, sizes, positive),
                 Step("Transpose", tuple(order)),
                 step_between([sizes[axis] for axis in order], result, positive),
-            ]
+            )
         except Refusal:
             continue
+        yield [step for step in steps if step != _NOTHING]
 
 
 def _whole(
