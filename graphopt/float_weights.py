@@ -14,7 +14,7 @@ from collections.abc import Collection
 import onnx_graphsurgeon as gs
 
 from graphopt.graph import Names, has_input, is_constant, set_output
-from graphopt.quantizers import dequantizer_of, quantizer_of
+from graphopt.quantizers import dequantizer_of, quantizers_after
 
 
 def keep_weights_float(graph: gs.Graph, operators: Collection[str], activations: Collection[str], names: Names) -> int:
@@ -44,8 +44,7 @@ def _is_between(node: gs.Node, activations: Collection[str]) -> bool:
     """Whether an operator with a float weight reads a DQ and all that reads its result are Qs."""
     if not has_input(node, 1) or not is_constant(node.inputs[1]) or dequantizer_of(node.inputs[0]) is None:
         return False
-    readers = node.outputs[0].outputs
-    if len(readers) == 1 and readers[0].op in activations:
-        readers = readers[0].outputs[0].outputs
-    found = [quantizer_of(reader) for reader in readers]
-    return bool(found) and all(each is not None and each.quantizes for each in found)
+    (result,) = node.outputs
+    if len(result.outputs) == 1 and result.outputs[0].op in activations:
+        (result,) = result.outputs[0].outputs
+    return 0 < len(list(quantizers_after(result))) == len(result.outputs)

@@ -3,8 +3,9 @@
 A graph output that carries a pair keeps its name, on the DQ. What a target's runtime runs on integers without fusing it
 is written between Q and DQ; a factor becomes the scale of a DQ.
 
-In a branch, only what the branch itself computes is replaced for all its readers; what it reads from outside keeps its
-readers there. Integers of a weight that several branches read are stored once.
+Only what an int8 operator of the graph computes is replaced for all its readers; what a float operator computes, or a
+branch reads from outside, is read as it is by all others. Integers of a weight that several branches read are stored
+once.
 """
 
 from __future__ import annotations
@@ -79,7 +80,6 @@ class _Insertion:
         self.names = names
         self.integers = integers
         self.new_nodes: list[gs.Node] = []
-        self.own = {id(tensor) for node in self.graph.nodes for tensor in node.outputs}
         self.nested_names = nested_output_names(self.graph)
         self.quantized = dict(placement.activations)
         self.quantized.update({each.tensor.name: each for each, _ in placement.rescaled})

@@ -230,12 +230,14 @@ class _Trade:
         return sum(cost for cost in spent if cost is not None)
 
     def _conversion(self, tensor: gs.Tensor) -> float | None:
-        size = self._size(tensor)
-        return None if size is None else self.costs.border_ns + self.costs.border_ns_per_element * size
+        return self._for_each(tensor, self.costs.border_ns, self.costs.border_ns_per_element)
 
     def _layout(self, tensor: gs.Tensor) -> float | None:
+        return self._for_each(tensor, self.costs.layout_ns, self.costs.layout_ns_per_element)
+
+    def _for_each(self, tensor: gs.Tensor, fixed: float, per_element: float) -> float | None:
         size = self._size(tensor)
-        return None if size is None else self.costs.layout_ns + self.costs.layout_ns_per_element * size
+        return None if size is None else fixed + per_element * size
 
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)

@@ -67,7 +67,7 @@ class Context:
     samples: Samples | None = None  # calibration data; None: synthetic inputs
     ranges: Ranges | None = None  # written by `calibrate` or read from a file, consumed by `qdq`
     cut: Cut | None = None  # left by `prune`, consumed by `refit`
-    too_small: Mapping[str, str] | None = None  # by first output, why an operator does not pay; None: `qdq` finds out
+    too_small: Mapping[str, str] | None = None  # by first output, why int8 does not pay; None: `qdq` asks
     unquantized: gs.Graph | None = None  # left by `qdq`: the float graph before it; consumed by `correct-bias`
     memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it

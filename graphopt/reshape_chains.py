@@ -185,6 +185,9 @@ class Step:
             node.inputs.append(gs.Constant(name, np.array(self.values, np.int64)))
 
 
+NOTHING = Step("Identity")
+
+
 def step_between(first: Sequence[Size], last: Sequence[Size], positive: Iterable[int] = ()) -> Step:
     """Return the operator that leads from one shape to another of as many elements.
 
@@ -200,7 +203,7 @@ def step_between(first: Sequence[Size], last: Sequence[Size], positive: Iterable
         Refusal: there is none.
     """
     if first == last:
-        return Step("Identity")
+        return NOTHING
     for op, few, many in (("Unsqueeze", first, last), ("Squeeze", last, first)):
         axes = _axes_of_ones(few, many)
         if axes is not None:

@@ -282,6 +282,7 @@ def _open(
 def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
     options.enable_cpu_mem_arena = False  # it would keep what a run has needed
     proto, weights = share_weights(model)
+    _settle_seeds(proto)
     listed = {each.name for each in proto.graph.input}  # before IR 4, all initializers are
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
     proto.graph.input.extend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Array, constant_of, disconnect, is_constant, named_tensors, producer
+from graphopt.graph import Array, constant_of, is_constant, named_tensors, producer, remove_unread_nodes
 
 
 def is_weight(tensor: gs.Tensor) -> bool:
@@ -32,10 +32,8 @@ def weight_values(tensor: gs.Tensor) -> Array:
 def remove_unread_transpose(graph: gs.Graph, tensor: gs.Tensor) -> None:
     """Take out the Transpose that computed a weight, once nothing reads it."""
     node = _transpose_of_constant(tensor)
-    if node is None or tensor.outputs or id(tensor) in named_tensors(graph):
-        return
-    disconnect(node)
-    graph.nodes[:] = [each for each in graph.nodes if each is not node]
+    if node is not None and id(tensor) not in named_tensors(graph):
+        remove_unread_nodes(graph, [node])
 
 
 def _transpose_of_constant(tensor: gs.Tensor) -> gs.Node | None:

@@ -182,7 +182,7 @@ class InsertQdq(Pass):
             reasons = context.too_small
             if reasons is None:
                 reasons = reasons_too_small(graph, placements, target, context, ranges)
-            slower = {id(node): why for node in _nodes(graph) if (why := reasons.get(node.outputs[0].name))}
+            slower = {id(node): reasons[name] for node, name in _named_nodes(graph) if name in reasons}
         if slower:
             excluded |= slower
             placements = place_calibrated(graph, target, excluded, ranges)
@@ -314,12 +314,18 @@ def _first_sample(context: Context) -> Feed | None:
 def reasons_too_small(
     graph: gs.Graph, placements: Sequence[Placement], target: Target, context: Context, ranges: Ranges
 ) -> dict[str, str]:
-    """By the name of its first output, why an operator does not pay in int8 on the target."""
+    """Why operators do not pay in int8 on the target, by the names that ranges have for their first outputs."""
     if target.costs is None:
         return {}
     shapes = None if context.samples is None else context.samples.first_shapes()
     found = too_small(graph, placements, target.costs, shapes, _observed_sizes(graph, ranges))
-    return {node.outputs[0].name: found[id(node)] for node in _nodes(graph) if id(node) in found}
+    return {name: found[id(node)] for node, name in _named_nodes(graph) if id(node) in found}
+
+
+def _named_nodes(graph: gs.Graph) -> list[tuple[gs.Node, str]]:
+    """The nodes of the graph and its branches with the names of their first outputs, which branches may share."""
+    called = range_names(graph)
+    return [(node, called.get(id(node.outputs[0]), node.outputs[0].name)) for node in _nodes(graph) if node.outputs]
 
 
 def _observed_sizes(graph: gs.Graph, ranges: Ranges) -> Callable[[gs.Tensor], float | None]:

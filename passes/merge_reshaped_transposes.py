@@ -26,6 +26,7 @@ from graphopt.graph import Names, all_graphs, disconnect_all, is_constant, label
 from graphopt.partial_values import known_dimensions
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
 from graphopt.reshape_chains import (
+    NOTHING,
     ONE,
     RESHAPING,
     Chain,
@@ -36,8 +37,6 @@ from graphopt.reshape_chains import (
     product,
     step_between,
 )
-
-_NOTHING = Step("Identity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,7 @@ def _merged(chain: Sequence[gs.Node], last: gs.Node, opset: int) -> list[Step]:
     before, after = sorted(fine, key=lambda axis: axis.split), sorted(fine, key=lambda axis: axis.joined)
     if before == after:
         step = step_between(given, result, middle.positive)
-        return [] if step == _NOTHING else [step]
+        return [] if step == NOTHING else [step]
     ways = list(_ways(before, after, given, result, middle.positive))
     if not ways:
         raise Refusal("no single operators lead to the axes that move, and from them")
@@ -187,7 +186,7 @@ def _ways(
             )
         except Refusal:
             continue
-        yield [step for step in steps if step != _NOTHING]
+        yield [step for step in steps if step != NOTHING]
 
 
 def _whole(
@@ -250,6 +249,6 @@ def _write(steps: Sequence[Step], chain: Sequence[gs.Node], last: gs.Node, opset
         step.become(node, tensor, opset, names)
         new.append(node)
         tensor = output
-    (steps[-1] if steps else _NOTHING).become(last, tensor, opset, names)
+    (steps[-1] if steps else NOTHING).become(last, tensor, opset, names)
     disconnect_all(chain)
     return new

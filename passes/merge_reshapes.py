@@ -33,7 +33,7 @@ from graphopt.graph import (
 )
 from graphopt.partial_values import known_dimensions
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
-from graphopt.reshape_chains import RESHAPING, Chain, Refusal, Step, moves_ones, stated, step_between
+from graphopt.reshape_chains import NOTHING, RESHAPING, Chain, Refusal, Step, moves_ones, stated, step_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class _Merger:
             found = step_between(chain.plain(first), chain.plain(chain.sizes), chain.positive)
         except Refusal as raised:
             found = raised
-        if found == Step("Identity"):
+        if found == NOTHING:
             return self._skip_both(outer, tensor)
         if any(node is not outer for node in inner.outputs[0].outputs) or id(inner.outputs[0]) in self.named:
             raise Refusal("something else uses its result too")
@@ -146,7 +146,7 @@ class _Merger:
 
     def _skip_both(self, outer: gs.Node, tensor: gs.Tensor) -> None:
         if id(outer.outputs[0]) in self.named:
-            Step("Identity").become(outer, tensor, self.graph.opset, self.names)
+            NOTHING.become(outer, tensor, self.graph.opset, self.names)
         else:
             replace_uses(outer.outputs[0], tensor)
 

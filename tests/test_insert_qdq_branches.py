@@ -267,3 +267,21 @@ def test_the_commands_take_a_model_with_quantized_branches(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
     assert main(["lint", str(out), "--target", "ort-cpu"]) == OK
     assert main(["inspect", str(out)]) == OK
+
+
+def test_an_operator_too_small_in_one_branch_says_nothing_of_its_namesake_in_another():
+    body = f"""
+        y = If (flag) <
+            then_branch = t () => (float[N,16,A,B] a) {{ c = {CONV}(x, w, b)  a = Relu(c) }},
+            else_branch = e () => (float[N,16,C,D] d) {{ p = GlobalAveragePool(x)  c = {CONV}(p, w, b)  d = Relu(c) }}
+        >
+    """
+    net = model(body, inputs="float[1,16,256,256] x, bool flag", outputs="float[1,16,E,F] y")
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, 16, 256, 256)).astype(np.float32)
+    data = [{"x": x, "flag": np.array(flag)} for flag in (True, False)]
+    result = graphopt.optimize(net, "calibrate,qdq", data=data)
+    (holder,) = (node for node in result.model.graph.node if node.op_type == "If")
+    ops = {each.name: Counter(node.op_type for node in each.g.node) for each in holder.attribute}
+    assert ops["then_branch"]["QuantizeLinear"] > 0
+    assert ops["else_branch"]["QuantizeLinear"] == 0

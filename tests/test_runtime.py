@@ -320,14 +320,17 @@ def test_a_model_that_an_optimizer_stumbles_over_runs_without_that_optimizer():
         optimized_ops(model)
 
 
-def test_random_operators_give_the_same_in_every_session_wherever_they_stand():
+@pytest.mark.parametrize("copied", [True, False])
+def test_random_operators_give_the_same_in_every_session_wherever_they_stand(copied, monkeypatch):
+    monkeypatch.setattr(runtime, "_LEAST_FED", 0)
     first = """
         <ir_version: 8, opset_import: ["" : 17]>
         g (float[2, 4] x) => (float[2, 4] y) { n = RandomNormalLike (x) y = Add (x, n) }
     """
     later = first.replace("{ n", "{ a = Neg (x) b = Neg (a) n").replace("Add (x", "Add (b")
     feed = {"x": np.zeros((2, 4), np.float32)}
-    sessions = [open_session(load_model(onnx.parser.parse_model(text)), optimize=False) for text in (first, later)]
+    models = [load_model(onnx.parser.parse_model(text)) for text in (first, later)]
+    sessions = [open_session(each, optimize=False, copy_weights=copied) for each in models]
     for _ in range(2):
         ours, theirs = (session.run(feed)["y"] for session in sessions)
         np.testing.assert_array_equal(ours, theirs)

@@ -97,7 +97,8 @@ def the_skip_input_is_quantized(subject: Subject) -> Places:
     """
     for node in residual_adds(subject):
         sides = [weighted_producer(tensor) for tensor in node.inputs]
-        if not any(side is not None and side.op == "Conv" and is_quantized(side) for side in sides):
+        fused = [side for side in sides if side is not None and side.op in subject.target.adds_fused_into]
+        if not any(map(is_quantized, fused)):
             continue
         if all(dequantizer_of(tensor) is None for tensor in node.inputs):
             skip = node.inputs[1 if sides[0] is not None else 0].name
