@@ -4,7 +4,7 @@
     python benchmarks/compare_methods.py [NAME ...] [--zoo models/zoo]
 
 Each model is calibrated once by `search`, the default, on one half of its feeds, with histograms; the ranges of the
-single methods are chosen from these. Scored on up to 32 feeds of the other half: SQNR of the worst output in
+single methods are chosen from these. Scored on up to 128 feeds of the other half: SQNR of the worst output in
 dB, for `ort-cpu` as onnxruntime computes here, else in the exact arithmetic that Q and DQ stand for. `exchanged` is how
 many tensors `search` gave the range of another method than the one it took, `lost` what it lacks to the best single
 method.
@@ -29,7 +29,7 @@ from graphopt.thresholds import Method
 
 PASSES = "freeze-inputs,fold"
 TARGETS = ("ort-cpu", "tensorrt")
-SCORED = 32
+SCORED = 128
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ SMALL = {
     "fmnist_mbv2": "fashion_mnist",
     "fmnist_srunet": "fashion_mnist_small",
 }
-SCORED = 16  # samples
+SCORED = 128  # samples
 COLUMNS = (
     "model",
     "MACs in int8",

@@ -6,6 +6,9 @@ histograms, so each one costs a quantized copy of the graph and a run over a few
 Then single tensors are given the range of another method, those first on which the methods differ most. That is kept
 where it brings the outputs closer on sample after sample: a gain that may be chance (one-sided t-test on the logarithms
 of the errors) is none, for outputs of a few numbers round one way on these samples and another way on the next.
+
+For the same reason, more samples are compared than ranges need, where they cost little: of nets with ten outputs, 32
+samples prefer another method than 128 do, whose choice holds on other data (docs/calibration.md).
 """
 
 from __future__ import annotations
@@ -32,18 +35,20 @@ from graphopt.thresholds import Method
 CANDIDATES = (Method.MSE, Method.AUTO, Method.MINMAX, Method.PERCENTILE, Method.ENTROPY)
 """The first is the one where no other is better."""
 
-SAMPLES = 32
-"""At most so many, that models are compared on."""
+LEAST_SAMPLES = 32
+MOST_SAMPLES = 256
+"""So many samples models are compared on, if there are; more than the least where they are small: `samples_worth`."""
 
 EXCHANGES = 64
 """At most so many times a tensor is given another range."""
 
 _FUTILE = 20  # tries in a row that bring nothing end the rest
-_TRIED_ON = 16  # samples at most
-_LEAST_SAMPLES = 4  # fewer tell nothing of chance
-_GIVEN_UP_AFTER = 2  # samples, where they show no gain
+_VALUES = 1 << 28  # of tensors that are quantized; samples of fewer in all are many
+_TRIED_ON = 64  # samples at most
+_TELLING = 4  # samples; fewer tell nothing of chance
+_REVIEWS = (4, 8, 16, 32)  # numbers of samples after which a gain that is not likely any more is given up
 _LEAST_GAIN = 0.01  # of the logarithm of the error
-_LEAST_T = 3.0  # chance exceeds it in one case of 100 with 8 samples, of 200 with 16
+_LEAST_T = 3.0  # chance exceeds it in one case of 100 with 8 samples, of 500 with 64
 _SAME = 0.05  # ranges whose ends differ by less together, relative to the larger magnitude
 
 _KEPT = 1 << 28  # bytes of outputs of the float graph; those beyond are computed again for each method
@@ -73,6 +78,11 @@ class Found:
         if self.exchanged:
             text += f"; {decibels(self.error)} with the ranges of other methods for {self.exchanged} tensors"
         return text
+
+
+def samples_worth(values: float) -> int:
+    """How many samples to compare models on, where each has so many values in the tensors that are quantized."""
+    return min(MOST_SAMPLES, max(LEAST_SAMPLES, int(_VALUES / max(values, 1))))
 
 
 def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Context, quantize: Pass) -> Found:
@@ -138,7 +148,7 @@ def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Cont
     """The first of some ranges, with the range that another one has where the outputs are surely closer with it."""
     current = best_first[0]
     tried = list(islice(_contested(best_first), EXCHANGES))
-    if not tried or len(comparing.feeds) < _LEAST_SAMPLES:
+    if not tried or len(comparing.feeds) < _TELLING:
         return current
     errors = list(comparing.errors(current))
     if not all(map(_compares, errors)):
@@ -187,9 +197,14 @@ def _if_smaller(found: Iterator[list[float]], errors: Sequence[list[float]]) -> 
             return None
         smaller.append(after)
         gains.append(fmean(math.log(old / new) for old, new in zip(before, after, strict=True)))
-        if len(gains) >= _GIVEN_UP_AFTER and fmean(gains) < _LEAST_GAIN:
+        if len(gains) in _REVIEWS and fmean(gains) + _standard_error(gains) < _LEAST_GAIN:
             return None
-    return smaller if fmean(gains) >= _LEAST_T * stdev(gains) / math.sqrt(len(gains)) else None
+    return smaller if fmean(gains) >= max(_LEAST_GAIN, _LEAST_T * _standard_error(gains)) else None
+
+
+def _standard_error(gains: Sequence[float]) -> float:
+    """Of their mean."""
+    return stdev(gains) / math.sqrt(len(gains))
 
 
 def _compares(errors: Sequence[float]) -> bool:

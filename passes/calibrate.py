@@ -23,7 +23,7 @@ from graphopt.feeds import Samples
 from graphopt.histogram import Histogram
 from graphopt.input_checks import input_warnings
 from graphopt.made_up import made_up_samples
-from graphopt.method_search import CANDIDATES, SAMPLES, search
+from graphopt.method_search import CANDIDATES, samples_worth, search
 from graphopt.model_io import Model
 from graphopt.observe import observe
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
@@ -128,7 +128,8 @@ class Calibrate(Pass):
         notes = observation.notes
         if searches and ranges.tensors:
             judged = replace(context, too_small=_too_small(graph, context, ranges))
-            found = search(graph, ranges, checks.drawn(SAMPLES), judged, InsertQdq())
+            values = sum(seen.count for seen in observation.statistics.values()) / observation.samples
+            found = search(graph, ranges, checks.drawn(samples_worth(values)), judged, InsertQdq())
             ranges, notes = found.ranges, (*notes, str(found))
         context.ranges = ranges if self.histograms else ranges.without_histograms()
         return PassResult(

@@ -66,7 +66,7 @@ def error_of(ranges, feeds, target="ort-cpu"):
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
 @pytest.mark.parametrize("outliers", [0, 3, 300])
 def test_no_other_method_brings_the_outputs_closer(outliers, target):
-    feeds = feeds_with(outliers, count=method_search.SAMPLES)
+    feeds = feeds_with(outliers, count=32)
     ranges, _ = calibrated(feeds, target=target)
     others = [calibrated(feeds, target=target, method=method)[0] for method in CANDIDATES]
     assert error_of(ranges, feeds, target) == min(error_of(each, feeds, target) for each in others)
@@ -132,7 +132,28 @@ def test_errors_that_do_not_compare_are_no_gain(error):
 def test_a_range_without_gain_is_given_up_early():
     read = iter([[1.0]] * 8)
     assert method_search._if_smaller(read, [[1.0]] * 8) is None
-    assert len(list(read)) == 8 - method_search._GIVEN_UP_AFTER
+    assert len(list(read)) == 4
+
+
+def test_a_range_that_may_yet_gain_is_not_given_up():
+    errors = [[0.8], [1.01], *[[0.8]] * 14]
+    assert method_search._if_smaller(iter(errors), [[1.0]] * 16) == errors
+
+
+@pytest.mark.parametrize(("values", "samples"), [(0, 256), (1e4, 256), (2**21, 128), (1e7, 32), (1e9, 32)])
+def test_small_nets_are_compared_on_more_samples(values, samples):
+    assert method_search.samples_worth(values) == samples
+
+
+def test_models_are_compared_on_as_many_samples_as_are_worth_it(monkeypatch):
+    compared = []
+    compare = method_search.noise_to_signal
+    monkeypatch.setattr(
+        method_search, "noise_to_signal", lambda *args: compared.append(args[2].count) or compare(*args)
+    )
+    monkeypatch.setattr(method_search, "MOST_SAMPLES", 40)
+    calibrated(feeds_with(3, count=96))
+    assert set(compared) == {40}
 
 
 def test_few_samples_leave_the_ranges_of_one_method():
@@ -147,7 +168,7 @@ def test_histograms_stay_where_they_are_asked_for():
 
 
 def test_the_order_of_the_samples_does_not_matter():
-    feeds = feeds_with(20, count=3 * method_search.SAMPLES)
+    feeds = feeds_with(20, count=96)
     shuffled = [feeds[place] for place in np.random.default_rng(1).permutation(len(feeds))]
     (ranges, result), (again, same) = calibrated(feeds), calibrated(shuffled)
     assert ranges.to_text() == again.to_text()
