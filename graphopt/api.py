@@ -17,6 +17,7 @@ from graphopt.errors import DataError, PipelineError
 from graphopt.feeds import Samples
 from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
+from graphopt.half_precision import computes_in_half
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.lint import LintReport, Severity, lint_model
 from graphopt.made_up import made_up_samples
@@ -24,7 +25,7 @@ from graphopt.merging import merged
 from graphopt.model_io import Model, Source, load_model, refuse_target
 from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
 from graphopt.pass_manager import PassManager, Result
-from graphopt.passes import Calibrate, Fold, InlineFunctions, InsertQdq, registry
+from graphopt.passes import Calibrate, Fold, FreezeInputs, InlineFunctions, InsertQdq, ToFloat32, registry
 from graphopt.pipeline import parse_pipeline
 from graphopt.preprocess import AnyPreprocess
 from graphopt.progress import Progress, silent
@@ -80,9 +81,10 @@ def optimize(
         GraphoptError: the model, the data or the request is wrong.
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
-    manager = PassManager(pipeline, verify=verify)
     context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
     float_model = load_model(model)
+    pipeline = _in_float32(pipeline, float_model)
+    manager = PassManager(pipeline, verify=verify)
     ranges_file = Path(ranges) if isinstance(ranges, str | Path) else None
     if isinstance(ranges, Ranges):
         context.ranges = ranges
@@ -151,7 +153,9 @@ def calibrate(
         GraphoptError: the model, the data or the request is wrong.
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
-    if calibrates(pipeline) or any(item.effect is Effect.LOSSY for item in pipeline):
+    if calibrates(pipeline) or any(
+        item.effect is Effect.LOSSY and not isinstance(item, ToFloat32) for item in pipeline
+    ):
         raise PipelineError("the passes of calibrate are those that come before it in the pipeline of optimize")
     keep = histograms or shard is not None
     pipeline.append(Calibrate(method=method, percent=percent, histograms=keep, moments=moments, channels=channels))
@@ -161,6 +165,7 @@ def calibrate(
         if method.why_not_from_histograms is not None:
             raise PipelineError(f"{method.why_not_from_histograms}: parts of the data cannot be merged by it")
     float_model = load_model(model)
+    pipeline = _in_float32(pipeline, float_model)
     context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
     context.samples = _samples(float_model, data, preprocess, samples)
     if shard is not None and context.samples is not None:
@@ -199,6 +204,15 @@ def _calibrate_shard(model: str, data: str, options: Mapping[str, Any], shard: S
 def calibrates(pipeline: Sequence[Pass]) -> bool:
     """Whether a pipeline finds ranges itself, and so writes a ranges file instead of reading it."""
     return any(isinstance(item, Calibrate) for item in pipeline)
+
+
+def _in_float32(pipeline: Sequence[Pass], model: Model) -> list[Pass]:
+    """The passes, with `to-float32` in front where they quantize and the model computes in half precision."""
+    quantizes = any(isinstance(item, (Calibrate, InsertQdq)) for item in pipeline)
+    if not quantizes or any(isinstance(item, ToFloat32) for item in pipeline) or not computes_in_half(model.graph):
+        return list(pipeline)
+    place = next(number for number, item in enumerate(pipeline) if not isinstance(item, FreezeInputs))
+    return [*pipeline[:place], ToFloat32(), *pipeline[place:]]
 
 
 def _is_data_free(pipeline: Sequence[Pass]) -> bool:

@@ -84,8 +84,9 @@ def _divergence(session: Session, feeds: Sequence[Feed], statistics: Remembered)
     for feed in feeds:
         values = session.run_without_copies(feed)[statistics.tensor]
         axes = tuple(axis for axis in range(values.ndim) if axis != 1)
-        means.append(values.mean(axis=axes, dtype=values.dtype).astype(np.float64))
-        variances.append(values.var(axis=axes, dtype=values.dtype).astype(np.float64))
+        wide = np.promote_types(values.dtype, np.float32)  # sums of float16 overflow
+        means.append(values.mean(axis=axes, dtype=wide).astype(np.float64))
+        variances.append(values.var(axis=axes, dtype=wide).astype(np.float64))
         sizes.append(values.size)
     mean = np.average(means, axis=0, weights=sizes)
     variance = np.average(variances + (means - mean) ** 2, axis=0, weights=sizes)  # within the feeds and among them

@@ -71,7 +71,7 @@ class Context:
     unquantized: gs.Graph | None = None  # left by `qdq`: the float graph before it; consumed by `correct-bias`
     memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
-    original: Model | None = None  # the model as it came in, which no pass may change
+    original: Model | None = None  # the model as it came in, or in float32 (`to-float32`); no pass may change it
     progress: Progress = silent
     seed: int = 0
     shapes_inferred: bool = False  # set by a group that infers shapes once for all its members

@@ -17,6 +17,7 @@ import onnx
 
 from graphopt.errors import ModelError
 from graphopt.feeds import Feed, fixed_size, shapes_of
+from graphopt.half_precision import computes_in_half
 from graphopt.model_io import Model
 from graphopt.pass_base import Effect
 from graphopt.runtime import Array, Session, arrays_in, open_session
@@ -31,7 +32,7 @@ _Difference = Callable[[int, str, list[Array], list[Array]], str | None]
 # some hundred operations with sums over some thousand products lie between input and output. A probability near 0
 # has the absolute precision of one near 1, so that much, one step of float32 beside 1, is allowed in any case.
 _TOLERANCE = {Effect.EXACT: 1e-5, Effect.REASSOCIATES: 1e-3}
-_FLOAT16_TOLERANCE = 2e-2
+_HALF_TOLERANCE = 2e-2  # where a model computes in float16
 _STEP_AT_ONE = float(np.finfo(np.float32).eps)
 _TIMES_ROUNDING = 8
 """How much further a pass may move outputs than another order of the same operations does."""
@@ -46,6 +47,7 @@ class Verdict:
     checker: str | None  # why the ONNX checker refuses it; None: accepted
     shapes: str | None  # why strict shape inference refuses it
     outputs: Outputs
+    in_half: bool = False  # whether outputs are as exact as half precision is, whatever their type
 
     @property
     def refusal(self) -> str | None:
@@ -62,7 +64,7 @@ def examine(model: Model, feeds: Sequence[Feed], session: Session | None = None)
     session = session or open_session(model, copy_weights=False)
     outputs = [session.run(feed) for feed in feeds]
     shell = hollow_model(model)
-    return Verdict(_checker_objection(shell), _shape_objection(shell), outputs)
+    return Verdict(_checker_objection(shell), _shape_objection(shell), outputs, computes_in_half(model.graph))
 
 
 def reordered_outputs(model: Model, feeds: Sequence[Feed]) -> Outputs | None:
@@ -105,9 +107,11 @@ def judge(
     if effect is Effect.LOSSY:
         lossy = partial(_lossy_difference, inferred and cache(inferred))
         return _outputs_difference(before.outputs, after.outputs, lossy)
-    reason = _outputs_difference(before.outputs, after.outputs, partial(_difference, effect, before.outputs))
+    tolerance = _HALF_TOLERANCE if before.in_half else _TOLERANCE[effect]
+    near = partial(_difference, effect, tolerance)
+    reason = _outputs_difference(before.outputs, after.outputs, partial(near, before.outputs))
     if reason is not None and reordered is not None and (again := reordered()) is not None:
-        return _outputs_difference(before.outputs, after.outputs, partial(_difference, effect, again))
+        return _outputs_difference(before.outputs, after.outputs, partial(near, again))
     return reason
 
 
@@ -127,16 +131,22 @@ def _outputs_difference(expected: Outputs, found: Outputs, difference: _Differen
 
 
 def _difference(
-    effect: Effect, reordered: Outputs, number: int, name: str, expected: list[Array], found: list[Array]
+    effect: Effect,
+    tolerance: float,
+    reordered: Outputs,
+    number: int,
+    name: str,
+    expected: list[Array],
+    found: list[Array],
 ) -> str | None:
     again = arrays_in(reordered[number][name])
     if [array.shape for array in again] != [array.shape for array in expected]:
         again = expected
-    reasons = (_array_difference(*arrays, effect) for arrays in zip(expected, found, again, strict=True))
+    reasons = (_array_difference(*arrays, effect, tolerance) for arrays in zip(expected, found, again, strict=True))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _array_difference(expected: Array, found: Array, reordered: Array, effect: Effect) -> str | None:
+def _array_difference(expected: Array, found: Array, reordered: Array, effect: Effect, tolerance: float) -> str | None:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return _other_shape(expected, found)
     if expected.size == 0 or expected.dtype.kind not in "fiub":
@@ -152,7 +162,6 @@ def _array_difference(expected: Array, found: Array, reordered: Array, effect: E
     wide, other, again = (array[finite].astype(np.float64) for array in (expected, found, reordered))
     largest = float(np.abs(wide).max(initial=0.0))
     difference, rounding = (float(np.abs(wide - each).max(initial=0.0)) for each in (other, again))
-    tolerance = _FLOAT16_TOLERANCE if expected.dtype == np.float16 else _TOLERANCE[effect]
     if difference > max(tolerance * largest + _STEP_AT_ONE, _TIMES_ROUNDING * rounding):
         return f"differs by {difference:.3g}, where its largest value is {largest:.3g}"
     return None

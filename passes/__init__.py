@@ -36,6 +36,7 @@ from graphopt.passes.remove_identities import RemoveIdentities
 from graphopt.passes.replace_concat import ReplaceConcat
 from graphopt.passes.replace_sum import ReplaceSum
 from graphopt.passes.strip_qdq import StripQdq
+from graphopt.passes.to_float32 import ToFloat32
 
 __all__ = [
     "Calibrate",
@@ -64,6 +65,7 @@ __all__ = [
     "ReplaceConcat",
     "ReplaceSum",
     "StripQdq",
+    "ToFloat32",
     "registry",
 ]
 
@@ -71,6 +73,7 @@ _OWN: tuple[type[Pass], ...] = (
     Fold,
     *MEMBERS,
     FreezeInputs,
+    ToFloat32,
     Prune,
     Refit,
     Calibrate,
