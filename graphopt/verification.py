@@ -32,7 +32,7 @@ _Difference = Callable[[int, str, list[Array], list[Array]], str | None]
 # some hundred operations with sums over some thousand products lie between input and output. A probability near 0
 # has the absolute precision of one near 1, so that much, one step of float32 beside 1, is allowed in any case.
 _TOLERANCE = {Effect.EXACT: 1e-5, Effect.REASSOCIATES: 1e-3}
-_HALF_TOLERANCE = 2e-2  # where a model computes in float16
+_HALF_TOLERANCE = 2e-2  # where a model computes in float16, or an output is rounded to it
 _STEP_AT_ONE = float(np.finfo(np.float32).eps)
 _TIMES_ROUNDING = 8
 """How much further a pass may move outputs than another order of the same operations does."""
@@ -162,6 +162,7 @@ def _array_difference(expected: Array, found: Array, reordered: Array, effect: E
     wide, other, again = (array[finite].astype(np.float64) for array in (expected, found, reordered))
     largest = float(np.abs(wide).max(initial=0.0))
     difference, rounding = (float(np.abs(wide - each).max(initial=0.0)) for each in (other, again))
+    tolerance = _HALF_TOLERANCE if expected.dtype == np.float16 else tolerance
     if difference > max(tolerance * largest + _STEP_AT_ONE, _TIMES_ROUNDING * rounding):
         return f"differs by {difference:.3g}, where its largest value is {largest:.3g}"
     return None

@@ -130,7 +130,8 @@ class InsertQdq(Pass):
         if quantized := Counter(node.op for node in _nodes(graph) if node.op in _QUANTIZERS):
             counts = " and ".join(f"{count} {op}" for op, count in sorted(quantized.items()))
             raise PipelineError(
-                f"the model is quantized already ({counts} nodes): to quantize it anew, put strip-qdq first"
+                f"the model is quantized already ({counts} nodes): to quantize it anew, put strip-qdq first, which "
+                "says of what it leaves alone, why"
             )
         infer_shapes(graph)
         context.unquantized = copy_graph(graph)

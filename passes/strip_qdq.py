@@ -5,6 +5,7 @@
     float w -> Q -> DQ                   weight         w, as it is: nothing is lost
     x -> Q(s, z) -> DQ(t, z)             a free factor  x * (t / s), behind what of the clipping is meant
     x -> Q -> moves integers -> DQ       such as a Pad  the same operator on x (`graphopt.moved_integers`)
+    x -> Q -> QLinearConv -> DQ          QOperator form Q/DQ pairs around a Conv first (`graphopt.qlinear`)
 
 QuantizeLinear does three things: it rounds, it scales, and it clips to [(qmin - z) * s, (qmax - z) * s]. Rounding goes.
 Scaling stays where Q and DQ differ. Clipping is a side effect where the range was calibrated, and goes too; but tools
@@ -23,8 +24,8 @@ let it stand for a Relu or a Clip that they remove, and then it is part of the n
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
 computed at run time or are no positive numbers, blocks of activations, a stored tensor that others than
-DequantizeLinear read (operators that compute with integers, graph outputs), and QLinear operators and MatMulNBits, in
-which nothing is left to take apart.
+DequantizeLinear read (operators that compute with integers, graph outputs), operators of dynamic quantization, whose
+scales are computed at run time, and MatMulNBits, in which nothing is left to take apart.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from graphopt.graph import (
 from graphopt.moved_integers import fills_with_integer_zero, moved_inputs, set_fill, sources_of
 from graphopt.never_negative import is_never_negative
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
+from graphopt.qlinear import computes_with_integers, why_not_written_out, write_out
 from graphopt.quantizers import Quantizer, change_by, dtype_of, ends_of, quantizer_of, values_of
 
 
@@ -85,6 +87,7 @@ class StripQdq(Pass):
         stripping = _Stripping(graph, self.clips)
         graphs = list(all_graphs(graph))
         for each in graphs:
+            stripping.write_out(each)
             stripping.run(each)
         for each in reversed(graphs):  # branches first: they read what the graphs around them compute
             stripping.remove_unread(each)
@@ -104,14 +107,34 @@ class _Stripping:
         self.clipped: dict[tuple[int, int, float | None, float | None], gs.Node] = {}  # a Q may have several DQ
         self.moved: dict[tuple[int, int, bytes, bytes], gs.Node] = {}  # so may what moves integers
         self.replaced: dict[int, gs.Node] = {}  # by id of a node that moved integers, the one that moves floats
-        self.parts = {"activations": 0, "weights": 0, "integer operators": 0, "clips kept": 0, "factors kept": 0}
+        self.opset = int(root.opset)
+        self.parts = {
+            "operators written out": 0,
+            "activations": 0,
+            "weights": 0,
+            "integer operators": 0,
+            "clips kept": 0,
+            "factors kept": 0,
+        }
+
+    def write_out(self, graph: gs.Graph) -> None:
+        """Put Q/DQ pairs and float operators in the place of operators that compute with integers."""
+        nodes: list[gs.Node] = []
+        for node in graph.nodes:
+            if not computes_with_integers(node):
+                nodes.append(node)
+            elif (reason := why_not_written_out(node, self.opset)) is not None:
+                self.skipped.append(Skip(label_of(node), reason))
+                nodes.append(node)
+            else:
+                nodes += write_out(node, self.opset, self.names)
+                self.parts["operators written out"] += 1
+        graph.nodes[:] = nodes
 
     def run(self, graph: gs.Graph) -> None:
+        """Take out the DequantizeLinear nodes that can be."""
         doomed: list[gs.Node] = []
         for node in list(graph.nodes):
-            if node.op.startswith("QLinear") or node.op in _INTEGER_OPERATORS:
-                self.skipped.append(Skip(label_of(node), f"{node.op} computes with integers itself, there is no pair"))
-                continue
             dequantizer = quantizer_of(node)
             if dequantizer is None or dequantizer.quantizes:
                 continue
@@ -286,7 +309,6 @@ class _Stripping:
         graph.nodes.append(gs.Node("Identity", self.names.fresh(f"{old.name}/Identity"), {}, [new], [old]))
 
 
-_INTEGER_OPERATORS = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "MatMulNBits"})
 _SIZES = frozenset({"Shape", "Size"})
 _LIMITS_AS_INPUTS = 11  # the opset since which those of Clip are
 

@@ -265,6 +265,14 @@ def test_analyses_ask_the_model_in_float32(conv):
     assert computes_in_half(loaded.graph)
 
 
+def test_an_output_rounded_to_float16_may_round_otherwise():
+    model = load_model(parsed("g (float[16] x) => (float16[16] y) { a = Exp(x) y = Cast<to = 10>(a) }"))
+    before = verification.examine(model, [{"x": RNG.standard_normal(16).astype(np.float32)}])
+    assert not before.in_half
+    after = replace(before, outputs=[{"y": np.nextafter(before.outputs[0]["y"], np.float16(0))}])
+    assert verification.judge(before, after, Effect.EXACT) is None
+
+
 MODELS = Path(__file__).parents[1] / "models"
 
 

@@ -33,9 +33,9 @@ LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 # SQNR in dB of each model's worst output for ort-cpu and tensorrt, on feeds that calibration has not seen, with the
 # arithmetic that Q and DQ stand for. 4 dB and more under what was measured, with weights for x86 with and without VNNI,
-# on 4, on 8 and on up to 128 feeds: room for other processors, versions of onnxruntime and ways to choose ranges, none for
-# a wrong scale, a wrong axis or an operator that should have stayed float. Low by nature: a logarithm of power spectra
-# (oww_melspectrogram), states fed back (silero), squeeze-and-excitation with hard activations (ppocrv4_det).
+# on 4, on 8 and on up to 128 feeds: room for other processors, versions of onnxruntime and ways to choose ranges, none
+# for a wrong scale, a wrong axis or an operator that should have stayed float. Low by nature: a logarithm of power
+# spectra (oww_melspectrogram), states fed back (silero), squeeze-and-excitation with hard activations (ppocrv4_det).
 FLOORS: dict[str, tuple[float, float]] = {
     "all_minilm_l6_v2": (10, 7),
     "blazeface_front": (10, 2),
