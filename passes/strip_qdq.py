@@ -6,6 +6,7 @@
     x -> Q(s, z) -> DQ(t, z)             a free factor  x * (t / s), behind what of the clipping is meant
     x -> Q -> moves integers -> DQ       such as a Pad  the same operator on x (`graphopt.moved_integers`)
     x -> Q -> QLinearConv -> DQ          QOperator form Q/DQ pairs around a Conv first (`graphopt.qlinear`)
+    x -> DynamicQuantizeLinear -> MatMulInteger         the MatMul of x (`graphopt.dynamic_quantization`)
 
 QuantizeLinear does three things: it rounds, it scales, and it clips to [(qmin - z) * s, (qmax - z) * s]. Rounding goes.
 Scaling stays where Q and DQ differ. Clipping is a side effect where the range was calibrated, and goes too; but tools
@@ -24,8 +25,8 @@ let it stand for a Relu or a Clip that they remove, and then it is part of the n
 
 Types: float32, float16 and whatever else the DequantizeLinear computes. Left alone, with the reason: scales that are
 computed at run time or are no positive numbers, blocks of activations, a stored tensor that others than
-DequantizeLinear read (operators that compute with integers, graph outputs), operators of dynamic quantization, whose
-scales are computed at run time, and MatMulNBits, in which nothing is left to take apart.
+DequantizeLinear read (operators that compute with integers, graph outputs), and MatMulNBits, in which nothing is left
+to take apart.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.dynamic_quantization import undo, why_not_undone
 from graphopt.graph import (
     Array,
     Names,
@@ -119,6 +121,13 @@ class _Stripping:
 
     def write_out(self, graph: gs.Graph) -> None:
         """Put Q/DQ pairs and float operators in the place of operators that compute with integers."""
+        for node in [node for node in graph.nodes if node.op == "DynamicQuantizeLinear"]:
+            if (reason := why_not_undone(node, self.named)) is not None:
+                self.skipped.append(Skip(label_of(node), reason))
+                continue
+            undo(node, self.names)
+            graph.nodes.remove(node)
+            self.parts["operators written out"] += 1
         nodes: list[gs.Node] = []
         for node in graph.nodes:
             if not computes_with_integers(node):
