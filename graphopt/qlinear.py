@@ -26,7 +26,9 @@ class _Form:
 
     op: str  # that computes the same in float
     operands: tuple[int, ...]
-    output: int  # the place of the output's scale, and of its zero point behind it
+    output: (
+        int  # the place of the output's scale, and of its zero point behind it; QGemm may lack both and return floats
+    )
     condition: int | None = None  # an input that is no number
     bias: int | None = None  # integers with the product of both operands' scales
     axis: int | None = None  # of the scales of the last operand, where it has more than one and is not transposed
@@ -70,11 +72,9 @@ def why_not_written_out(node: gs.Node, opset: int) -> str | None:
         opset < _SOFTMAX_OF_ONE_AXIS
     ):
         return f"{node.op} is of opset {node.attrs.get('opset', 1)}, and the model of {opset}, where Softmax is another"
-    if form.output and not has_input(node, form.output):
-        return f"{node.op} returns floats, there is no pair"
     operands = list(_operands(node, form))
-    scales = [*operands, _Quantized(node, form.output - 1)]
-    if any(each.scale is None or each.zero_point is None for each in scales):
+    result = [_Quantized(node, form.output - 1)] if has_input(node, form.output) else []
+    if any(each.scale is None or each.zero_point is None for each in (*operands, *result)):
         return f"scale or zero point of {node.op} is computed at run time"
     if any(each.scale.size > 1 and not is_constant(each.values) for each in operands if each.scale is not None):
         return f"{node.op} has a scale for each channel of an activation"
@@ -99,11 +99,12 @@ def write_out(node: gs.Node, opset: int, names: Names) -> list[gs.Node]:
         axes = np.asarray(attributes.pop("axes"), np.int64)
         inputs.append(gs.Constant(names.fresh(f"{label_of(node)}/axes"), axes))
     (output,) = node.outputs
-    scales = node.inputs[form.output : form.output + 2]
-    label = label_of(node)
+    scales = node.inputs[form.output : form.output + 2] if has_input(node, form.output) else []
     disconnect(node)
+    if not scales:
+        return [*new, gs.Node(form.op, node.name, attributes, inputs, [output])]
     real = gs.Variable(names.fresh(f"{output.name}/float"), np.dtype(np.float32), output.shape)
-    new.append(gs.Node(form.op, names.fresh(label), attributes, inputs, [real]))
+    new.append(gs.Node(form.op, node.name, attributes, inputs, [real]))
     new.append(gs.Node("QuantizeLinear", names.fresh(f"{output.name}/quantize"), {}, [real, *scales], [output]))
     return new
 

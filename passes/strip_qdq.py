@@ -121,23 +121,22 @@ class _Stripping:
 
     def write_out(self, graph: gs.Graph) -> None:
         """Put Q/DQ pairs and float operators in the place of operators that compute with integers."""
-        for node in [node for node in graph.nodes if node.op == "DynamicQuantizeLinear"]:
-            if (reason := why_not_undone(node, self.named)) is not None:
-                self.skipped.append(Skip(label_of(node), reason))
-                continue
-            undo(node, self.names)
-            graph.nodes.remove(node)
-            self.parts["operators written out"] += 1
         nodes: list[gs.Node] = []
         for node in graph.nodes:
             if not computes_with_integers(node):
                 nodes.append(node)
-            elif (reason := why_not_written_out(node, self.opset)) is not None:
+                continue
+            is_dynamic = node.op == "DynamicQuantizeLinear"
+            reason = why_not_undone(node, self.named) if is_dynamic else why_not_written_out(node, self.opset)
+            if reason is not None:
                 self.skipped.append(Skip(label_of(node), reason))
                 nodes.append(node)
+                continue
+            if is_dynamic:
+                undo(node, self.names)
             else:
                 nodes += write_out(node, self.opset, self.names)
-                self.parts["operators written out"] += 1
+            self.parts["operators written out"] += 1
         graph.nodes[:] = nodes
 
     def run(self, graph: gs.Graph) -> None:
