@@ -47,6 +47,7 @@ _VALUES = 1 << 28  # of tensors that are quantized; samples of fewer in all are 
 _TRIED_ON = 64  # samples at most
 _TELLING = 4  # samples; fewer tell nothing of chance
 _REVIEWS = (4, 8, 16, 32)  # numbers of samples after which a gain that is not likely any more is given up
+_EARLY_REVIEW = 2  # where samples are few, or large
 _LEAST_GAIN = 0.01  # of the logarithm of the error
 _LEAST_T = 3.0  # chance exceeds it in one case of 100 with 8 samples, of 500 with 64
 _SAME = 0.05  # ranges whose ends differ by less together, relative to the larger magnitude
@@ -192,12 +193,13 @@ def _if_smaller(found: Iterator[list[float]], errors: Sequence[list[float]]) -> 
     """
     smaller: list[list[float]] = []
     gains: list[float] = []
+    reviews = _REVIEWS if len(errors) > LEAST_SAMPLES else (_EARLY_REVIEW, *_REVIEWS)
     for after, before in zip(found, errors, strict=True):
         if not _compares(after):
             return None
         smaller.append(after)
         gains.append(fmean(math.log(old / new) for old, new in zip(before, after, strict=True)))
-        if len(gains) in _REVIEWS and fmean(gains) + _standard_error(gains) < _LEAST_GAIN:
+        if len(gains) in reviews and fmean(gains) + _standard_error(gains) < _LEAST_GAIN:
             return None
     return smaller if fmean(gains) >= max(_LEAST_GAIN, _LEAST_T * _standard_error(gains)) else None
 

@@ -129,10 +129,12 @@ def test_errors_that_do_not_compare_are_no_gain(error):
     assert method_search._if_smaller(iter([[0.5], [error], [0.5], [0.5]]), [[1.0]] * 4) is None
 
 
-def test_a_range_without_gain_is_given_up_early():
-    read = iter([[1.0]] * 8)
-    assert method_search._if_smaller(read, [[1.0]] * 8) is None
-    assert len(list(read)) == 4
+@pytest.mark.parametrize(("samples", "read"), [(8, 2), (32, 2), (64, 4)])
+def test_a_range_without_gain_is_given_up_early(samples, read):
+    errors = [[1.0]] * samples
+    found = iter(errors)
+    assert method_search._if_smaller(found, errors) is None
+    assert len(list(found)) == samples - read
 
 
 def test_a_range_that_may_yet_gain_is_not_given_up():
