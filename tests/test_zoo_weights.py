@@ -15,7 +15,7 @@ pytestmark = pytest.mark.zoo
 
 SAMPLES = 4
 # the lowest SQNR in dB on feeds that nothing was chosen on: some 3 dB under what was measured
-INT4 = {"all_minilm_l6_v2": (36, 10), "magika_standard_v3_3": (2, 37), "ppocrv4_rec": (9, 13)}
+INT4 = {"all_minilm_l6_v2": (36, 10), "magika_standard_v3_3": (2, 20), "ppocrv4_rec": (9, 13)}
 FLOAT8 = {"all_minilm_l6_v2": 15, "efficientnet_lite0_bn": 9}
 
 
