@@ -3,7 +3,7 @@
     python models/fetch.py && python models/feeds.py
     python benchmarks/compare_bias_correction.py [NAME ...] [--zoo models/zoo]
 
-Calibrated and corrected on one half of each model's feeds, scored on up to 32 feeds of the other half: SQNR of the
+Calibrated and corrected on one half of each model's feeds, scored on up to 128 feeds of the other half: SQNR of the
 worst output in dB, in the exact arithmetic that Q and DQ stand for, weights in 8 bits. `kept` says what the held-out
 samples decided; `seconds` are those of `correct-bias` itself.
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Array, Names, constant_of, has_input, is_constant, set_input
+from graphopt.graph import Array, Names, constant_of, has_input, is_constant, only_reader, set_input
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,8 @@ def bias_add(matmul: gs.Node, channels: int, named: Container[int]) -> gs.Node |
 
 def only_add(tensor: gs.Tensor, named: Container[int]) -> gs.Node | None:
     """The Add that alone reads a tensor; `named` as in `bias_add`."""
-    if id(tensor) in named or len(tensor.outputs) != 1:
-        return None
-    reader: gs.Node = tensor.outputs[0]
-    return reader if reader.op == "Add" and not reader.domain else None
+    reader = only_reader(tensor, named)
+    return reader if reader is not None and reader.op == "Add" and not reader.domain else None
 
 
 def is_per_channel(bias: gs.Tensor, channels: int) -> bool:

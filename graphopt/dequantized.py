@@ -11,6 +11,7 @@ zero turns q into zero_point. (https://onnx.ai/onnx/operators/onnx__DequantizeLi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -28,6 +29,13 @@ class Dequantized:
     scale: Array
     zero_point: Array | None
     axis: int | None  # None: one scale for the whole tensor
+
+    @classmethod
+    def of(cls, quantized: Array, scale: Array, zero_point: Array | None, axis: int) -> Self:
+        """One with the axis where scale or zero point has more than one value, in whatever shape single ones are."""
+        if scale.size == 1 and (zero_point is None or zero_point.size == 1):
+            return cls(quantized, scale.reshape(()), None if zero_point is None else zero_point.reshape(()), None)
+        return cls(quantized, scale, zero_point, axis % quantized.ndim)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,10 +85,7 @@ def dequantized(tensor: gs.Tensor) -> Dequantized | None:
     quantized, scale, *rest = (constant_of(each) for each in node.inputs if each.name)
     assert quantized is not None and scale is not None  # is_constant
     zero_point = rest[0] if rest else None
-    if scale.size == 1:
-        zero_point = None if zero_point is None else zero_point.reshape(())
-        return Dequantized(quantized, scale.reshape(()), zero_point, None)
-    return Dequantized(quantized, scale, zero_point, int(node.attrs.get("axis", 1)) % quantized.ndim)
+    return Dequantized.of(quantized, scale, zero_point, int(node.attrs.get("axis", 1)))
 
 
 def why_not_rescaled(weight: Dequantized, output_axis: int | None, scale: Channels, opset: int) -> str | None:

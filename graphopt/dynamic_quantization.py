@@ -15,7 +15,19 @@ from collections.abc import Container
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.graph import Array, Names, constant_of, disconnect, has_input, is_constant, label_of, producer, set_input
+from graphopt.dequantized import Dequantized
+from graphopt.graph import (
+    Array,
+    Names,
+    constant_of,
+    disconnect,
+    has_input,
+    is_constant,
+    label_of,
+    only_reader,
+    producer,
+    replace_uses,
+)
 
 _FLOAT_FORM = {"MatMulInteger": ("MatMul", -1), "ConvInteger": ("Conv", 0)}  # and the axis of the weight's channels
 
@@ -60,15 +72,14 @@ def undo(node: gs.Node, names: Names) -> None:
         product.inputs.extend([real, weight])
         product.outputs.append(result)
         result.dtype = np.dtype(np.float32)
-    for reader in list(scale.outputs):
-        set_input(reader, next(index for index, each in enumerate(reader.inputs) if each is scale), one)
+    replace_uses(scale, one)
     disconnect(node)
 
 
 def _scaling(product: gs.Node, scale: gs.Tensor, named: Container[int]) -> gs.Node | None:
     """The Mul by which `scale` gets to a product: that of the result itself, or of it and the weight's scale."""
-    cast = _only_reader(product.outputs[0], named)
-    mul = None if cast is None or cast.op != "Cast" else _only_reader(cast.outputs[0], named)
+    cast = only_reader(product.outputs[0], named)
+    mul = None if cast is None or cast.op != "Cast" else only_reader(cast.outputs[0], named)
     if cast is None or mul is None or mul.op != "Mul":
         return None
     factor = mul.inputs[1 if mul.inputs[0] is cast.outputs[0] else 0]
@@ -79,14 +90,7 @@ def _scaling(product: gs.Node, scale: gs.Tensor, named: Container[int]) -> gs.No
         return None
     if not any(is_constant(each) for each in of_both.inputs):
         return None
-    return of_both if _only_reader(factor, named) is mul else None
-
-
-def _only_reader(tensor: gs.Tensor, named: Container[int]) -> gs.Node | None:
-    if id(tensor) in named or len(tensor.outputs) != 1:
-        return None
-    reader: gs.Node = tensor.outputs[0]
-    return reader
+    return of_both if only_reader(factor, named) is mul else None
 
 
 def _centred(product: gs.Node) -> Array:
@@ -94,7 +98,5 @@ def _centred(product: gs.Node) -> Array:
     stored = constant_of(product.inputs[1])
     zero_point = constant_of(product.inputs[3]) if has_input(product, 3) else np.zeros((), np.uint8)
     assert stored is not None and zero_point is not None
-    shape = [1] * stored.ndim
-    if zero_point.size > 1:
-        shape[_FLOAT_FORM[product.op][1]] = -1
-    return np.asarray(stored.astype(np.float32) - zero_point.astype(np.float32).reshape(shape), np.float32)
+    ones = np.ones(zero_point.shape, np.float32)
+    return Dequantized.of(stored, ones, zero_point, _FLOAT_FORM[product.op][1]).values()

@@ -9,7 +9,7 @@ a branch *output* that names an outer tensor is an object of its own: `nested_ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -39,9 +39,23 @@ def bodies(node: gs.Node) -> list[gs.Graph]:
 _HOLDERS = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # ONNX's operators with graphs as attributes
 
 
+def all_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
+    """The nodes of `all_graphs`, in its order: those of a copy of the graph come in the same one."""
+    for each in all_graphs(graph):
+        yield from each.nodes
+
+
 def producer(tensor: gs.Tensor) -> gs.Node | None:
     """The node that computes a tensor; None for graph inputs and constants."""
     return tensor.inputs[0] if tensor.inputs else None
+
+
+def only_reader(tensor: gs.Tensor, named: Container[int]) -> gs.Node | None:
+    """The node that alone reads a tensor; None where others do, or by name: `named` has the ids of `named_tensors`."""
+    if id(tensor) in named or len(tensor.outputs) != 1:
+        return None
+    reader: gs.Node = tensor.outputs[0]
+    return reader
 
 
 def present(tensors: Iterable[gs.Tensor]) -> list[gs.Tensor]:

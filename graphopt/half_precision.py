@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from graphopt.graph import all_graphs, constants_in
+from graphopt.graph import all_nodes, constants_in
 from graphopt.sizes import numpy_dtype
 
 HALF_TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -33,7 +33,6 @@ def computes_in_half(graph: gs.Graph) -> bool:
         or any(
             half_attributes(node) and not all(id(tensor) in results for tensor in node.outputs)
             for each in graphs
-            for inner in all_graphs(each)
-            for node in inner.nodes
+            for node in all_nodes(each)
         )
     )

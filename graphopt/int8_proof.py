@@ -12,10 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import onnx
-import onnx_graphsurgeon as gs
 
 from graphopt.errors import ModelError
-from graphopt.graph import all_graphs, label_of
+from graphopt.graph import all_nodes, label_of
 from graphopt.model_io import Model
 from graphopt.operators import MOVING
 from graphopt.protobuf import all_graph_protos
@@ -51,7 +50,7 @@ def prove(model: Model) -> Int8Proof:
 
     """
     marked = model.copy()
-    nodes, copies = (_nodes(each.graph) for each in (model, marked))
+    nodes, copies = (list(all_nodes(each.graph)) for each in (model, marked))
     for number, node in enumerate(copies):
         node.name = f"{_MARK}{number}"
     in_int8: set[int] = set()
@@ -74,10 +73,6 @@ def prove(model: Model) -> Int8Proof:
                 found.add(id(nodes[int(match[1])]))
     left = kinds["QuantizeLinear"] + kinds["DequantizeLinear"]
     return Int8Proof(frozenset(in_int8), frozenset(in_blocks), frozenset(in_float - in_int8 - in_blocks), left)
-
-
-def _nodes(graph: gs.Graph) -> list[gs.Node]:
-    return [node for each in all_graphs(graph) for node in each.nodes]
 
 
 def _stored_tensors(graph: onnx.GraphProto) -> set[str]:

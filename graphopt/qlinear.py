@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.dequantized import Dequantized
 from graphopt.graph import Array, Names, constant_of, disconnect, has_input, is_constant, label_of
 
 
@@ -31,7 +32,7 @@ class _Form:
     )
     condition: int | None = None  # an input that is no number
     bias: int | None = None  # integers with the product of both operands' scales
-    axis: int | None = None  # of the scales of the last operand, where it has more than one and is not transposed
+    axis: int = 1  # of the channels of a weight that is not transposed
 
 
 _TWO = (0, 3)
@@ -88,10 +89,8 @@ def write_out(node: gs.Node, opset: int, names: Names) -> list[gs.Node]:
     form, new = _FORMS[node.op], list[gs.Node]()
     operands = list(_operands(node, form))
     inputs: list[gs.Tensor] = [] if form.condition is None else [node.inputs[form.condition]]
-    for number, operand in enumerate(operands):
-        axis = form.axis if number == len(operands) - 1 else None
-        axis = 0 if node.attrs.get("transB", 0) and axis is not None else axis
-        inputs.append(operand.in_float(axis, names, new))
+    axis = 0 if node.attrs.get("transB", 0) else form.axis
+    inputs += [operand.in_float(axis, names, new) for operand in operands]
     if form.bias is not None and has_input(node, form.bias):
         inputs.append(_bias(node, form, operands, names))
     attributes = {key: value for key, value in node.attrs.items() if key not in ("channels_last", "opset")}
@@ -129,13 +128,12 @@ class _Quantized(NamedTuple):
         place = self.place + 2
         return constant_of(self.node.inputs[place]) if has_input(self.node, place) else np.zeros((), np.uint8)
 
-    def in_float(self, axis: int | None, names: Names, new: list[gs.Node]) -> gs.Tensor:
+    def in_float(self, axis: int, names: Names, new: list[gs.Node]) -> gs.Tensor:
         """A constant, or what a DequantizeLinear computes, which is appended to `new`."""
         output = names.fresh(f"{self.values.name}/float")
         if (stored := constant_of(self.values)) is not None:
             assert self.scale is not None and self.zero_point is not None
-            centred = stored.astype(np.float64) - _along(self.zero_point.astype(np.float64), axis, stored.ndim)
-            return gs.Constant(output, np.asarray(centred * _along(self.scale, axis, stored.ndim), np.float32))
+            return gs.Constant(output, Dequantized.of(stored, self.scale, self.zero_point, axis).values())
         real = gs.Variable(output, np.dtype(np.float32), self.values.shape)
         inputs = self.node.inputs[self.place : self.place + 3]
         new.append(gs.Node("DequantizeLinear", names.fresh(f"{output}/dequantize"), {}, list(inputs), [real]))
@@ -154,12 +152,3 @@ def _bias(node: gs.Node, form: _Form, operands: list[_Quantized], names: Names) 
     assert stored is not None and scales[0] is not None and scales[1] is not None
     scale = scales[0].astype(np.float64).reshape(-1) * scales[1].reshape(-1) * node.attrs.get("alpha", 1.0)
     return gs.Constant(names.fresh(f"{tensor.name}/float"), np.asarray(stored * scale, np.float32))
-
-
-def _along(values: Array, axis: int | None, rank: int) -> Array:
-    """One value, or one for each index of an axis, in a shape that broadcasts."""
-    if values.size == 1 or axis is None:
-        return values.reshape(())
-    shape = [1] * rank
-    shape[axis] = -1
-    return values.reshape(shape)

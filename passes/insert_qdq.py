@@ -31,7 +31,7 @@ from graphopt.decompositions import decompose, is_decomposed, write_clips_as_lim
 from graphopt.errors import PipelineError
 from graphopt.feeds import Feed
 from graphopt.float_weights import keep_weights_float
-from graphopt.graph import Names, all_graphs
+from graphopt.graph import Names, all_nodes
 from graphopt.graph_copy import copy_graph
 from graphopt.insertion import insert_pairs
 from graphopt.islands import islands_of, too_small
@@ -127,7 +127,7 @@ class InsertQdq(Pass):
         blocks, ranges = self._blocks_on(context.target), context.ranges
         if ranges is None and blocks is None:
             raise PipelineError("qdq needs ranges: put calibrate before it, or give a ranges file (--ranges FILE)")
-        if quantized := Counter(node.op for node in _nodes(graph) if node.op in _QUANTIZERS):
+        if quantized := Counter(node.op for node in all_nodes(graph) if node.op in _QUANTIZERS):
             counts = " and ".join(f"{count} {op}" for op, count in sorted(quantized.items()))
             raise PipelineError(
                 f"the model is quantized already ({counts} nodes): to quantize it anew, put strip-qdq first, which "
@@ -257,7 +257,7 @@ class InsertQdq(Pass):
         Raises:
             PipelineError: a name pattern or an operator type that fits no node.
         """
-        nodes = _nodes(graph)
+        nodes = list(all_nodes(graph))
         excluded = {id(node): "excluded by its operator type" for node in nodes if node.op in self.exclude_ops}
         if unknown := set(self.exclude_ops) - {node.op for node in nodes}:
             raise PipelineError(f"qdq:exclude_ops: the model has no operator {', '.join(sorted(unknown))}")
@@ -277,11 +277,6 @@ def _needed_versions(target: Target, placements: Sequence[Placement]) -> tuple[s
         for op in placed
         if (since := target.rules[op].since)
     )
-
-
-def _nodes(graph: gs.Graph) -> list[gs.Node]:
-    """The nodes of the graph and of all graphs in it; those of a copy are in the same order."""
-    return [node for each in all_graphs(graph) for node in each.nodes]
 
 
 def _skipped(placements: Sequence[Placement]) -> tuple[Skip, ...]:
@@ -326,7 +321,7 @@ def reasons_too_small(
 def _named_nodes(graph: gs.Graph) -> list[tuple[gs.Node, str]]:
     """The nodes of the graph and its branches with the names of their first outputs, which branches may share."""
     called = range_names(graph)
-    return [(node, called.get(id(node.outputs[0]), node.outputs[0].name)) for node in _nodes(graph) if node.outputs]
+    return [(node, called.get(id(node.outputs[0]), node.outputs[0].name)) for node in all_nodes(graph) if node.outputs]
 
 
 def _observed_sizes(graph: gs.Graph, ranges: Ranges) -> Callable[[gs.Tensor], float | None]:
@@ -359,11 +354,11 @@ def _slower_here(
     if feed is None:
         raise PipelineError("qdq:autotune needs inputs to measure with: give --data")
     islands = [island for placement in placements for island in islands_of(placement)]
-    position_of = {id(node): position for position, node in enumerate(_nodes(graph))}
+    position_of = {id(node): position for position, node in enumerate(all_nodes(graph))}
 
     def build(left_out: Sequence[int]) -> Model:
         copy = copy_graph(graph)
-        nodes = _nodes(copy)
+        nodes = list(all_nodes(copy))
         gone = {id(node) for position in left_out for node in islands[position].nodes}
         floats = {position_of[key]: excluded.get(key, "") for key in (*gone, *excluded) if key in position_of}
         stay = {id(nodes[position]): why for position, why in floats.items()}

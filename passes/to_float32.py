@@ -8,7 +8,6 @@ that ask for the model as it came in get this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +18,7 @@ from onnx import TensorProto
 from graphopt.graph import (
     Names,
     all_graphs,
+    all_nodes,
     constants_in,
     label_of,
     producer,
@@ -46,7 +46,7 @@ class ToFloat32(Pass):
         if not computes_in_half(graph):
             return PassResult()
         skipped = InlineFunctions().apply(graph, context).skipped
-        if foreign := [node for node in _nodes(graph) if node.domain not in _DOMAINS]:
+        if foreign := [node for node in all_nodes(graph) if node.domain not in _DOMAINS]:
             reason = "an operator of another domain may need the type that it has, so nothing is widened"
             return PassResult(skipped=(*skipped, *(Skip(label_of(node), reason) for node in foreign)))
         context.infer_shapes(graph)
@@ -60,7 +60,7 @@ class ToFloat32(Pass):
                 tensor.values = np.asarray(tensor.values).astype(np.float32)
             else:
                 tensor.dtype = np.dtype(np.float32)
-        for node in _nodes(graph):
+        for node in all_nodes(graph):
             node.attrs.update({key: int(TensorProto.FLOAT) for key in half_attributes(node)})
         graph.nodes[:] = [*casts_before, *graph.nodes, *casts_behind]
         context.original = Model(graph, context.frame).copy()
@@ -102,11 +102,6 @@ def _replaced(graph: gs.Graph, tensor: gs.Tensor, names: Names) -> gs.Variable:
 
 def _cast(before: gs.Tensor, behind: gs.Tensor, to: int, names: Names) -> gs.Node:
     return gs.Node("Cast", names.fresh(f"{behind.name}_Cast"), {"to": int(to)}, [before], [behind])
-
-
-def _nodes(graph: gs.Graph) -> Iterator[gs.Node]:
-    for each in all_graphs(graph):
-        yield from each.nodes
 
 
 def _tensors(graph: gs.Graph) -> list[gs.Tensor]:
