@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from graphopt.branch_tensors import range_names
 from graphopt.errors import PipelineError
 from graphopt.graph import constant_of
 from graphopt.moved_integers import sources_of
+from graphopt.nested_tensors import range_names
 from graphopt.placement import Activation, Placement, place_all
 from graphopt.ranges import Ranges
 from graphopt.targets import Target
 
-_UNSEEN = "no sample took the branch {} in calibration, so it has no ranges: calibrate on samples that do"
+_UNSEEN = "no sample went through {} in calibration, so it has no ranges: calibrate on samples that do"
 
 
 def place_calibrated(
@@ -44,7 +44,7 @@ def place_calibrated(
         )
     for placement in placements:
         if _is_unseen(placement, ranges):
-            excluded |= {id(node): _UNSEEN.format(placement.branch) for node in placement.nodes}
+            excluded |= {id(node): _UNSEEN.format(placement.label) for node in placement.nodes}
     while missing := [
         (placement.users[name], activation.range_name)
         for placement in placements
@@ -92,7 +92,8 @@ def _with_known_range(activation: Activation, ranges: Ranges, names: Mapping[int
 
 
 def _is_unseen(placement: Placement, ranges: Ranges) -> bool:
-    """Whether a branch computes tensors that it needs ranges of, and none has one."""
+    """Whether a nested graph has tensors of its own that it needs ranges of, and none has one."""
     own = {id(tensor) for node in placement.graph.nodes for tensor in node.outputs}
+    own |= {id(tensor) for tensor in placement.graph.inputs}
     names = [each.range_name for each in placement.activations.values() if id(each.source) in own]
-    return bool(placement.branch and names) and not any(name in ranges.tensors for name in names)
+    return bool(placement.label and names) and not any(name in ranges.tensors for name in names)

@@ -25,9 +25,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.branch_tensors import range_names
 from graphopt.evaluate import evaluate
 from graphopt.graph import Names, all_graphs, disconnect, has_input
+from graphopt.nested_tensors import range_names
 from graphopt.ranges import Ranges, TensorRange
 
 _NOT_OF_CONV = ("ceil_mode", "count_include_pad")
@@ -75,7 +75,7 @@ def decompose(graph: gs.Graph, nodes: Iterable[gs.Node], ranges: Ranges) -> Rang
 
     Args:
         graph: the main graph.
-        nodes: which of its nodes to replace, and of those in its branches.
+        nodes: which of its nodes to replace, and of those in nested graphs.
         ranges: with those of the nodes' outputs.
 
     Returns:
@@ -103,7 +103,7 @@ def write_clips_as_limits(graph: gs.Graph, products: Iterable[gs.Node]) -> None:
 
     Args:
         graph: the main graph, quantizers and all.
-        products: those whose output may stay float, of it or of its branches.
+        products: those whose output may stay float, of it or of nested graphs.
     """
     names = Names(graph)
     clips = {id(clip) for node in products if (clip := _clip_that_hides(node)) is not None}

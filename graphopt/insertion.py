@@ -49,12 +49,12 @@ _LARGEST_BIAS = 2.0**30
 
 
 def insert_pairs(graph: gs.Graph, target: Target, placements: Sequence[Placement], ranges: Ranges) -> None:
-    """Change a graph and its branches.
+    """Change a graph and the graphs in it.
 
     Args:
         graph: the main graph.
         target: the table that the placements follow.
-        placements: of the graph and its branches, outermost first.
+        placements: of the graph and those in it, outermost first.
         ranges: of all that carries a pair.
     """
     names, integers = Names(graph), dict[Hashable, list[gs.Constant]]()

@@ -145,7 +145,7 @@ def too_small(
 
     Args:
         graph: the float graph.
-        placements: of that graph and its branches.
+        placements: of that graph and those in it.
         costs: of its target.
         input_shapes: by input name; None: open sizes are assumed as in `graphopt.sizes`.
         observed: how many values a tensor of `graph` had in calibration in a sample, on average, which counts where its

@@ -8,8 +8,8 @@ Two samples' tensors are alive at a time. Where these would pass the memory budg
 groups, with one run over the samples each. Small samples are joined into batches
 where the model proves to give the same bits for a batch as for its samples one by one (`graphopt.batches`).
 
-Tensors inside the branches of Ifs become tensors of the main graph of a copy (`graphopt.branch_tensors`); a sample for
-which a branch is not taken has no values of its tensors.
+Tensors inside branches of Ifs and bodies of loops become tensors of the main graph of a copy
+(`graphopt.nested_tensors`); a sample for which a branch is not taken has no values of its tensors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.batches import LARGEST_BATCH, Batch, batches, can_join, gives_the_same_bits
-from graphopt.branch_tensors import BranchTensor, branch_tensors, with_branch_outputs
 from graphopt.errors import DataError, GraphoptError
 from graphopt.feeds import Feed, Samples, place_of, shapes_of
 from graphopt.graph import Array, all_graphs, bodies, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
+from graphopt.nested_tensors import NestedTensor, nested_tensors, with_nested_outputs
 from graphopt.overlap import Overlap, not_finite
 from graphopt.pass_base import MEMORY_BUDGET, Skip
 from graphopt.progress import Progress, silent, track
@@ -68,8 +68,8 @@ def observe(
 
     Args:
         model: a float model; it runs with onnxruntime's optimizations on.
-        tensors: names of floating-point tensors of the main graph, inputs and outputs included, and of branches of
-            Ifs, as in `branch_tensors`.
+        tensors: names of floating-point tensors of the main graph, inputs and outputs included, and of nested graphs,
+            as in `nested_tensors`.
         samples: any number of them, of any shapes that the model takes.
         statistics: makes the empty statistics of one tensor: `Histogram`, or `Extremes` where they suffice.
         progress: told after every sample.
@@ -83,11 +83,11 @@ def observe(
     first = next(iter(samples), None)
     if first is None:
         raise DataError(f"{samples.description}: there are no samples to calibrate with")
-    inner = _typed_branch_tensors(model)
+    inner = _typed_nested_tensors(model)
     skipped = _unobservable(model.graph, tensors, inner)
     left_out = {skip.where for skip in skipped}
     names = [name for name in dict.fromkeys(tensors) if name not in left_out]
-    model, names, called = _with_branches(model, names, inner)
+    model, names, called = _with_nested(model, names, inner)
     sized = tensors_at(model.graph, shapes_of(first))
     release_free_memory()
     if statistics().needs_values:
@@ -269,29 +269,29 @@ def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups or [[]]
 
 
-def _typed_branch_tensors(model: Model) -> dict[str, BranchTensor]:
+def _typed_nested_tensors(model: Model) -> dict[str, NestedTensor]:
     """Those of a copy whose types are inferred: an If needs the type of what its other branch gives."""
     if not any(bodies(node) for node in model.graph.nodes):
         return {}
     typed = model.copy()
     infer_shapes(typed.graph)
-    return branch_tensors(typed.graph)
+    return nested_tensors(typed.graph)
 
 
-def _with_branches(
-    model: Model, names: Sequence[str], inner: Mapping[str, BranchTensor]
+def _with_nested(
+    model: Model, names: Sequence[str], inner: Mapping[str, NestedTensor]
 ) -> tuple[Model, list[str], dict[str, str]]:
     """A model whose main graph has all tensors, what they are called there, and by that the names asked for."""
     main = {tensor.name for node in model.graph.nodes for tensor in (*node.inputs, *node.outputs)}
     main.update(tensor.name for tensor in model.graph.inputs)
-    dtypes = {name: numpy_dtype(inner[name].tensor.dtype) for name in names if name not in main}
-    if not dtypes:
+    nested = {name: inner[name].tensor for name in names if name not in main}
+    if not nested:
         return model, list(names), {}
-    model, outer = with_branch_outputs(model, dtypes)
+    model, outer = with_nested_outputs(model, nested)
     return model, [outer.get(name, name) for name in names], {outside: name for name, outside in outer.items()}
 
 
-def _unobservable(graph: gs.Graph, names: Sequence[str], inner: Mapping[str, BranchTensor]) -> list[Skip]:
+def _unobservable(graph: gs.Graph, names: Sequence[str], inner: Mapping[str, NestedTensor]) -> list[Skip]:
     """Those of `names` that cannot be outputs of the main graph, or hold nothing to calibrate."""
     read = {tensor.name: tensor for node in graph.nodes for tensor in node.inputs}  # constants are only read
     computed = {tensor.name: tensor for node in graph.nodes for tensor in node.outputs}
@@ -302,7 +302,7 @@ def _unobservable(graph: gs.Graph, names: Sequence[str], inner: Mapping[str, Bra
     reasons = {
         name: _why_not(tensors[name])
         if name in tensors
-        else _why_not_in_branch(inner[name].tensor)
+        else _why_not_nested(inner[name])
         if name in inner
         else _why_not_found(name in nested, any(key.endswith(f"/{name}") for key in inner))
         for name in dict.fromkeys(names)
@@ -314,17 +314,17 @@ def _why_not(tensor: gs.Tensor) -> str | None:
     return "it is constant: its range is known without samples" if is_constant(tensor) else None
 
 
-def _why_not_in_branch(tensor: gs.Tensor) -> str | None:
+def _why_not_nested(nested: NestedTensor) -> str | None:
+    tensor = nested.tensor
     dtype = numpy_dtype(tensor.dtype) if is_typed_tensor(tensor) else None
     if dtype is None or dtype.name not in FLOAT_TYPES:
         return _of_another_type(dtype)
-    producer = tensor.inputs[0]
-    return "it is constant: its range is known without samples" if producer.op == "Constant" else None
+    return _why_not(tensor) or nested.why_not_given
 
 
-def _why_not_found(is_nested: bool, is_in_branches: bool) -> str:
-    if is_in_branches:
-        return "more than one branch has a tensor of that name: say which, as If/then_branch/name"
+def _why_not_found(is_nested: bool, is_ambiguous: bool) -> str:
+    if is_ambiguous:
+        return "more than one nested graph has a tensor of that name: say which, as If/then_branch/name"
     if is_nested:
-        return "it is inside the body of a loop, where its values cannot be observed"
+        return "it is in a graph of another operator than If, Loop and Scan, where nothing is observed"
     return "the graph has no tensor of that name"

@@ -14,8 +14,9 @@ Tensors joined by operators that only move values share one scale: that of the v
 factor changes nothing but the scale by which integers are read, so it costs nothing: x -> Q(s) -> DQ(s * factor). With
 it a hard-swish, x * clip(x + 3, 0, 6) / 6, is an int8 Add whose Q clips, and an int8 Mul whose DQ divides.
 
-Each branch of an If is placed as a graph of its own, in which what it reads from outside is like a graph input and what
-it returns like a graph output. A tensor that is read inside and outside thus has a pair on either side, of one range.
+Each branch of an If, and the body of each Loop and Scan, is placed as a graph of its own, in which what it reads from
+outside is like a graph input and what it returns like a graph output. A tensor that is read inside and outside thus has
+a pair on either side, of one range.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from networkx import DiGraph
 
-from graphopt.branch_tensors import branch_label, range_names, with_branches
 from graphopt.branches import branch_lengths, data_flow
 from graphopt.gains import is_float32, keeps_integers, rank_of, why_float
-from graphopt.graph import all_graphs, bodies, constant_of, is_constant, label_of, present, producer
+from graphopt.graph import all_graphs, all_nodes, bodies, constant_of, is_constant, label_of, present, producer
+from graphopt.nested_tensors import HOLDERS, nested_graphs, nested_label, range_names
 from graphopt.pass_base import Skip
 from graphopt.targets import Role, Rule, Target
 from graphopt.weights import is_weight
@@ -68,11 +69,11 @@ class Activation:
 
 @dataclass(frozen=True)
 class Placement:
-    """What carries a quantizer in one graph: the main one, or a branch of an If.
+    """What carries a quantizer in one graph: the main one, a branch of an If, the body of a Loop or a Scan.
 
     Attributes:
         graph: that graph.
-        branch: which branch it is, as "If_0/then_branch"; empty: the main graph.
+        label: which one it is, as "If_0/then_branch"; empty: the main graph.
         nodes: the operators that run in int8.
         activations: by tensor name, what carries a pair.
         rescaled: outputs of operators that a DQ replaces, each with the integers' tensor before it, topologically.
@@ -88,7 +89,7 @@ class Placement:
     """
 
     graph: gs.Graph
-    branch: str
+    label: str
     nodes: tuple[gs.Node, ...]
     activations: Mapping[str, Activation]
     rescaled: tuple[tuple[Activation, gs.Tensor], ...]
@@ -108,7 +109,7 @@ class Placement:
 
 
 def place_all(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | None = None) -> tuple[Placement, ...]:
-    """Decide where quantizers go, in the graph and in each branch of an If in it, outermost first.
+    """Decide where quantizers go, in the graph and in each branch or body in it, outermost first.
 
     Args:
         graph: a float graph in topological order whose tensors have dtypes and shapes where they can be known
@@ -118,7 +119,7 @@ def place_all(graph: gs.Graph, target: Target, excluded: Mapping[int, str] | Non
     """
     names, why = range_names(graph), excluded or {}
     return tuple(
-        _Placing(each, target, why, names, branch_label(holders)).run() for each, holders in with_branches(graph)
+        _Placing(each, target, why, names, nested_label(holders)).run() for each, holders in nested_graphs(graph)
     )
 
 
@@ -151,13 +152,13 @@ class _Placing:
     """The state of one propagation; sets hold `id`s, because graphsurgeon compares by content."""
 
     def __init__(
-        self, graph: gs.Graph, target: Target, excluded: Mapping[int, str], names: Mapping[int, str], branch: str
+        self, graph: gs.Graph, target: Target, excluded: Mapping[int, str], names: Mapping[int, str], label: str
     ) -> None:
         self.graph = graph
         self.target = target
         self.excluded = excluded
         self.names = names
-        self.branch = branch
+        self.label = label
         self.outputs = {id(tensor) for tensor in graph.outputs}
         self.nested_uses = _tensors_used_by_bodies(graph)
         self.skipped: list[Skip] = []
@@ -166,7 +167,7 @@ class _Placing:
     def run(self) -> Placement:
         gaining = [node for node in self.graph.nodes if self._gains(node)]
         self.kept = {id(node): node for node in gaining}
-        self._skip_loops()
+        self._skip_other_bodies()
         if self.target.quantizes_outputs:
             self._join_neighbours()
         edges = [edge for node in self.kept.values() for edge in self._quantized_inputs(node)]
@@ -186,13 +187,13 @@ class _Placing:
             self.skipped.append(Skip(node_label(node), reason))
         return False
 
-    def _skip_loops(self) -> None:
-        """Operators inside the bodies of loops, whose tensors change from turn to turn and have no ranges."""
+    def _skip_other_bodies(self) -> None:
+        """Operators in graphs that others than If, Loop and Scan hold, whose tensors have no ranges."""
         for holder in self.graph.nodes:
-            if holder.op == "If" and not holder.domain:
+            if holder.op in HOLDERS and not holder.domain:
                 continue
             reason = f"it is inside the body of {label_of(holder)} ({holder.op}), where its values cannot be observed"
-            for node in (node for body in bodies(holder) for each in all_graphs(body) for node in each.nodes):
+            for node in (node for body in bodies(holder) for node in all_nodes(body)):
                 rule = self._rule(node)
                 if rule is not None and rule.role is Role.GAINS:
                     self.skipped.append(Skip(node_label(node), reason))
@@ -361,7 +362,7 @@ class _Placing:
             tensors.pop(output.tensor.name, None)
         return Placement(
             graph=self.graph,
-            branch=self.branch,
+            label=self.label,
             nodes=tuple(self.kept.values()),
             activations={name: self._activation(tensor) for name, tensor in tensors.items()},
             rescaled=rescaled,

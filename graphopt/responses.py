@@ -19,10 +19,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from graphopt.branch_tensors import range_names, with_branches
 from graphopt.evaluate import evaluate
 from graphopt.graph import constant_of, present
 from graphopt.graph_export import opset_imports
+from graphopt.nested_tensors import nested_graphs, range_names
 from graphopt.operators import ELEMENTWISE
 
 _Floats = NDArray[np.float64]
@@ -66,10 +66,10 @@ class Response:
 
 
 def responses(graph: gs.Graph, names: Iterable[str]) -> dict[str, Response]:
-    """The responses that tensors have, those in branches of Ifs too, by the names that ranges have for them."""
+    """The responses that tensors have, those in nested graphs too, by the names that ranges have for them."""
     wanted, imports, known_as = set(names), opset_imports(graph), range_names(graph)
     found: dict[str, Response] = {}
-    for each, _ in with_branches(graph):
+    for each, _ in nested_graphs(graph):
         position = {id(node): index for index, node in enumerate(each.nodes)}
         ends = {id(tensor) for tensor in each.outputs}
         for tensor in (*each.inputs, *(tensor for node in each.nodes for tensor in present(node.outputs))):

@@ -24,6 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from graphopt.errors import DataError, GraphoptError, ModelError
 from graphopt.feeds import Feed, InputSpec
 from graphopt.model_io import Model, fits_one_file, load_model
+from graphopt.moved_reads import PROPAGATION, moved_read
 from graphopt.operators import RANDOM
 from graphopt.protobuf import all_graph_protos, without
 from graphopt.weight_sharing import share_weights
@@ -262,7 +263,7 @@ def _open(
     if isinstance(model, Path) and not extra_outputs:
         if not model.is_file():
             raise ModelError(f"{model}: no such file")
-        return _session(str(model), options, {}, by_default)
+        return _session(str(model), options, {}, by_default=by_default)
     if isinstance(model, Path) or (isinstance(model, onnx.ModelProto) and not fits_one_file(model)):
         model = load_model(model)
     weights: dict[str, ort.OrtValue] = {}
@@ -276,7 +277,15 @@ def _open(
     if isinstance(model, Model):
         _settle_seeds(proto)
     _add_outputs(proto, extra_outputs)
-    return _session(proto.SerializeToString(), options, weights, by_default)
+    disabled = []
+    if (name := moved_read(proto.graph)) is not None:
+        if by_default:
+            raise ModelError(
+                f"onnxruntime would end the process: it cannot load a model that moves {name} behind its "
+                "DequantizeLinear and reads it inside a branch or body; put a Q/DQ pair behind what moves it"
+            )
+        disabled = [PROPAGATION]
+    return _session(proto.SerializeToString(), options, weights, disabled, by_default=by_default)
 
 
 def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extra_outputs: Sequence[str]) -> Session:
@@ -297,19 +306,24 @@ def _open_with_weights_as_inputs(model: Model, options: ort.SessionOptions, extr
 
 
 def _session(
-    source: str | bytes, options: ort.SessionOptions, weights: Mapping[str, ort.OrtValue], by_default: bool = False
+    source: str | bytes,
+    options: ort.SessionOptions,
+    weights: Mapping[str, ort.OrtValue],
+    disabled: Sequence[str] = (),
+    *,
+    by_default: bool = False,
 ) -> Session:
-    def create(disabled: Sequence[str] = ()) -> ort.InferenceSession:
+    def create(disabled: Sequence[str]) -> ort.InferenceSession:
         providers = ["CPUExecutionProvider"]
         return ort.InferenceSession(source, options, providers=providers, disabled_optimizers=disabled)
 
     try:
-        return Session(_with_our_errors(create), weights)
+        return Session(_with_our_errors(lambda: create(disabled)), weights)
     except ModelError as error:
-        disabled = [optimizer for message, optimizer in _REFUSED_BY.items() if message in str(error)]
-        if by_default or not disabled:
+        stumbling = [optimizer for message, optimizer in _REFUSED_BY.items() if message in str(error)]
+        if by_default or not stumbling:
             raise
-    return Session(_with_our_errors(lambda: create(disabled)), weights)
+    return Session(_with_our_errors(lambda: create([*disabled, *stumbling])), weights)
 
 
 def _settle_seeds(proto: onnx.ModelProto) -> None:

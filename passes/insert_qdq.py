@@ -25,7 +25,6 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from graphopt.autotune import tune
-from graphopt.branch_tensors import branch_tensors, range_names
 from graphopt.calibrated_placement import place_calibrated
 from graphopt.decompositions import decompose, is_decomposed, write_clips_as_limits
 from graphopt.errors import PipelineError
@@ -36,6 +35,8 @@ from graphopt.graph_copy import copy_graph
 from graphopt.insertion import insert_pairs
 from graphopt.islands import islands_of, too_small
 from graphopt.model_io import Model
+from graphopt.moved_reads import quantize_moved_reads
+from graphopt.nested_tensors import nested_tensors, range_names
 from graphopt.opset import raise_opset
 from graphopt.padded_channels import pad_input_channels
 from graphopt.pass_base import Context, Effect, Pass, PassResult, Skip
@@ -165,7 +166,7 @@ class InsertQdq(Pass):
         known = [graph] if context.original is None else [graph, context.original.graph]  # fold removes tensors
         nodes = [node for each in known for node in each.nodes]
         names = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
-        names.update(name for each in known for name in (*branch_tensors(each), *(one.name for one in each.inputs)))
+        names.update(name for each in known for name in (*nested_tensors(each), *(one.name for one in each.inputs)))
         unmatched = unmatched_names(ranges, names)
         target = self._options_on(context.target)
         placements = place_calibrated(graph, target, excluded, ranges)
@@ -319,13 +320,13 @@ def reasons_too_small(
 
 
 def _named_nodes(graph: gs.Graph) -> list[tuple[gs.Node, str]]:
-    """The nodes of the graph and its branches with the names of their first outputs, which branches may share."""
+    """The nodes of the graph and those in it with the names of their first outputs, which nested graphs may share."""
     called = range_names(graph)
     return [(node, called.get(id(node.outputs[0]), node.outputs[0].name)) for node in all_nodes(graph) if node.outputs]
 
 
 def _observed_sizes(graph: gs.Graph, ranges: Ranges) -> Callable[[gs.Tensor], float | None]:
-    """How many values a tensor of the graph, or of its branches, had in a sample."""
+    """How many values a tensor of the graph, or of one in it, had in a sample."""
     called = range_names(graph)
 
     def size_of(tensor: gs.Tensor) -> float | None:
@@ -394,6 +395,8 @@ def _quantize(
             rewritten["Resizes as copies"] += repeat_pixels(each.graph, each.nodes, names)
         kept = keep_weights_float(each.graph, target.quantizes_weights, target.absorbed, names)
         rewritten["weights kept float"] += kept
+    if target.aborts_at_moved_reads:
+        quantize_moved_reads(graph)
     if target.clips_hide_products:
         floating = {op for op, rule in target.rules.items() if rule.role is Role.GAINS and not rule.needs_output}
         write_clips_as_limits(graph, [node for each in placements for node in each.nodes if node.op in floating])

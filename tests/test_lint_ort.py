@@ -42,6 +42,7 @@ CONSTANTS = {
     "w": (np.arange(16 * 16 * 9) % 100 - 50).reshape(16, 16, 3, 3).astype(np.int8),
     "w7": (np.arange(16 * 16 * 9) % 64 - 32).reshape(16, 16, 3, 3).astype(np.int8),
     "w127": np.full((16, 16, 3, 3), 100, np.int8),
+    "w_one": np.tile(np.where(np.arange(144) == 7, 127, -1), 16).reshape(16, 16, 3, 3).astype(np.int8),
     "wu": np.full((16, 16, 3, 3), 130, np.uint8),
     "m": np.ones((4, 4), np.int8),
     "m4": np.eye(4).astype(INT4_WEIGHT.dtype),
@@ -116,7 +117,7 @@ CASES = {
     ),
     "ORT030": (INT8, GOOD),
     "ORT031": (f"{X} v = DequantizeLinear(wu, s, u128) c = Conv<pads=[1,1,1,1]>(x_d, v) {pair('c', to='y')}", GOOD),
-    "ORT032": (GOOD.replace("w7", "w127"), GOOD),
+    "ORT032": (GOOD.replace("w7", "w127"), GOOD.replace("w7", "w_one")),  # it is pairs that saturate
     "ORT033": (GOOD, INT8),
     "ORT040": (f"{X} a = Tanh(x_d) {pair('a', to='y')}", GOOD),
 }

@@ -133,21 +133,26 @@ def test_a_model_that_onnxruntime_refuses_is_an_error():
 def test_tensors_that_cannot_be_observed_are_skipped_with_a_reason():
     model = model_of("""
         <ir_version: 8, opset_import: ["" : 17]>
-        loops (float[3] x) => (float[3] y, int64[1] shape) <float[1] two = {2}, bool yes = {1}, int64 times = {3}> {
+        loops (float[3] x) => (float[3] y, int64[1] shape)
+        <float[1] two = {2}, bool yes = {1}, int64 times = {3}, int64 first = {0}> {
             shape = Shape (x)
             c = Loop (times, yes, x) <
                 body = b (int64 i, bool on, float[3] a) => (bool same, float[3] d)
                 { same = Identity (on)  inner = Mul (a, two)  d = Relu (inner) }
             >
-            y = Add (c, two)
+            z = SequenceEmpty ()
+            s = SequenceInsert (z, c)
+            t = SequenceMap (s) <body = m (float[3] e) => (float[3] f) { mapped = Mul (e, two)  f = Relu (mapped) }>
+            u = SequenceAt (t, first)
+            y = Add (u, two)
         }
     """)
-    names = ["y", "shape", "inner", "two", "nowhere"]
+    names = ["y", "shape", "mapped", "two", "nowhere"]
     observation = observe(model, names, samples_of([1, 2, 3]), Histogram)
     assert list(observation.statistics) == ["y"]
     assert {skip.where: skip.reason for skip in observation.skipped} == {
         "shape": "its values are int64: only floating-point tensors are quantized",
-        "inner": "it is inside the body of a loop, where its values cannot be observed",
+        "mapped": "it is in a graph of another operator than If, Loop and Scan, where nothing is observed",
         "two": "it is constant: its range is known without samples",
         "nowhere": "the graph has no tensor of that name",
     }

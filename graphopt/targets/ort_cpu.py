@@ -99,6 +99,7 @@ ORT_CPU = Target(
     channel_multiple=16,  # else convolutions leave the blocked layout (NCHWc), whose blocks are 8 or 16 channels
     dense_convs=_DENSE_CONVS,
     repeats_pixels=True,
+    aborts_at_moved_reads=True,
     quantizes_weights=frozenset({"Conv", "ConvTranspose", "Gemm"}),
     rules=_RULES,
     activations={"uint8": UINT8, "int8": INT8, "uint16": UINT16, "int16": INT16},

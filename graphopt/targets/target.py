@@ -185,6 +185,7 @@ class Target:
         channel_multiple: kernels are fastest at channel counts that are multiples of it.
         dense_convs: what Convs that read a model's inputs are padded for (`graphopt.padded_channels`); None: nothing.
         repeats_pixels: between int8 Convs its Resize is slower than copies (`graphopt.repeated_pixels`).
+        aborts_at_moved_reads: it cannot load what `graphopt.moved_reads` mends.
         quantizes_weights: operators whose float weights it would quantize itself (`graphopt.float_weights`).
         costs: what operators must save to run in int8; None: any that can do.
         notes: what the report should say about a model for this target.
@@ -213,6 +214,7 @@ class Target:
     channel_multiple: int = 8
     dense_convs: DenseConvs | None = None
     repeats_pixels: bool = False
+    aborts_at_moved_reads: bool = False
     quantizes_weights: frozenset[str] = frozenset()
     costs: Costs | None = None
     notes: tuple[str, ...] = ()

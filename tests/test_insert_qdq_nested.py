@@ -1,4 +1,4 @@
-"""Pairs inside the branches of Ifs: where they are placed, by which ranges, and what stays float there and why."""
+"""Pairs in branches of Ifs and bodies of loops: where they stand, by which ranges, and what stays float and why."""
 
 import json
 from collections import Counter
@@ -112,7 +112,7 @@ def test_a_branch_that_no_sample_takes_stays_float_and_says_so(target):
     assert [count > 0 for count in quantizers(result.model)] == [False, True, False]
     assert (
         reasons(result)
-        == ["no sample took the branch y/else_branch in calibration, so it has no ranges: calibrate on samples that do"]
+        == ["no sample went through y/else_branch in calibration, so it has no ranges: calibrate on samples that do"]
         * 2
     )
 
@@ -166,22 +166,64 @@ def test_a_tensor_that_is_read_outside_too_has_one_reader_before_its_q():
     assert not any(finding.severity.value == "warning" for finding in found.findings)
 
 
+LOOPS = {
+    "Loop": f"""
+        c = {CONV}(x, w, b)
+        y = Loop (turns, flag, x) <body = turn (int64 i, bool go, float[N,16,8,8] z) => (bool on, float[N,16,8,8] u) {{
+            on = Identity(go)  d = {CONV}(z, w)  s = Add(d, c)  r = Relu(s)  e = {CONV}(r, v)  u = Tanh(e) }}>
+    """,
+    "Scan": f"""
+        _s, k = Scan <num_scan_inputs = 1, body = turn (float[16,8,8] state, float[16,8,8] each)
+            => (float[16,8,8] next, float[1,16,8,8] u) {{
+                next = Add(state, each)  o = Unsqueeze(next, axis)  d = {CONV}(o, w)  r = Relu(d)  u = {CONV}(r, w) }}>
+            (start, x)
+        y = Squeeze(k, one)""",
+}
+IN_LOOPS = "int64 turns = {3}, int64[1] axis = {0}, int64[1] one = {1}, float[16,8,8] start"
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("operator", ["Loop", "Scan"])
-def test_operators_in_the_body_of_a_loop_stay_float(operator):
-    body = {
-        "Loop": f"""
-            y = Loop (turns, flag, x) <body = turn (int64 i, bool go, float[N,16,8,8] z)
-                => (bool on, float[N,16,8,8] u) {{ u = {CONV}(z, w)  on = Identity(go) }}>""",
-        "Scan": f"""
-            z, u = Scan <num_scan_inputs = 1, body = turn (float[16,8,8] state, float[16,8,8] each)
-                => (float[16,8,8] next, float[N,16,8,8] k) {{ next = Add(state, each)
-                  o = Unsqueeze(each, axis) k = {CONV}(o, w) }}> (b3, x)
-            y = Squeeze(u, one)""",
-    }[operator]
-    weights = "int64 turns = {2}, int64[1] axis = {0}, int64[1] one = {1}, float[16,8,8] b3"
-    result = graphopt.optimize(model(body, weights=weights), "calibrate,qdq", data=BOTH)
+def test_the_body_of_a_loop_is_quantized(operator, target):
+    result = quantized(model(LOOPS[operator], weights=IN_LOOPS), feeds(True, True), target)
+    assert not reasons(result)
+    assert quantizers(result.model)[-1] > 1
+    assert result.report.passes[-1].parts["operators"] >= LOOPS[operator].count("Conv")
+
+
+def test_onnxruntime_runs_the_body_of_a_loop_in_int8():
+    result = quantized(model(LOOPS["Loop"], weights=IN_LOOPS), feeds(True, True))
+    found = lint_model(load_model(result.model), target_named("ort-cpu"))
+    assert found.figures["share of MACs in int8"] == 1
+
+
+def test_the_body_of_a_loop_that_no_sample_runs_stays_float_and_says_so():
+    body = LOOPS["Loop"].replace("Loop (turns,", "Loop (many,")
+    found = model(body, inputs="float[N,16,8,8] x, bool flag, int64 many", weights=IN_LOOPS)
+    result = quantized(found, [feed | {"many": np.array(0)} for feed in feeds(True, True)])
+    assert [count > 0 for count in quantizers(result.model)] == [True, False]
+    assert set(reasons(result)) == {
+        "no sample went through y/body in calibration, so it has no ranges: calibrate on samples that do"
+    }
+
+
+def test_a_quantized_loop_is_stripped():
+    float_model = model(LOOPS["Loop"], weights=IN_LOOPS)
+    data = feeds(True, True)
+    stripped = graphopt.optimize(quantized(float_model, data).model, "strip-qdq:clips=relu", data=data).model
+    assert sum(quantizers(stripped)) == 0
+
+
+def test_operators_in_other_graphs_stay_float():
+    body = f"""
+        z = SequenceEmpty ()
+        s = SequenceInsert (z, x)
+        t = SequenceMap (s) <body = m (float[N,16,8,8] e) => (float[N,16,8,8] f) {{ f = {CONV}(e, w) }}>
+        y = SequenceAt (t, first)
+    """
+    result = graphopt.optimize(model(body, weights="int64 first = {0}"), "calibrate,qdq", data=BOTH)
     assert len(reasons(result)) == 1
-    assert f"({operator}), where its values cannot be observed" in reasons(result)[0]
+    assert "(SequenceMap), where its values cannot be observed" in reasons(result)[0]
 
 
 def test_a_weight_that_a_caller_may_override_stays_float_in_a_branch():
