@@ -16,6 +16,7 @@ have saved there, and a tensor that crosses it its conversion. An estimate is on
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ import onnx_graphsurgeon as gs
 from networkx.algorithms.flow import boykov_kolmogorov
 
 from graphopt.conv_kernels import is_depthwise
-from graphopt.graph import all_graphs, producer
+from graphopt.graph import all_graphs, present, producer
 from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
@@ -155,7 +156,7 @@ def too_small(
     counterparts = dict(zip(map(id, all_graphs(graph)), all_graphs(sized), strict=True))
     reasons: dict[int, str] = {}
     for placement in placements:
-        trade = _Trade(counterparts[id(placement.graph)], costs, observed)
+        trade = _Trade(placement, counterparts[id(placement.graph)], costs, observed)
         for island in islands_of(placement):
             reasons |= trade.losing(island)
     return reasons
@@ -165,7 +166,7 @@ class _Trade:
     """What operators save in int8, and what it costs to convert tensors; in ns."""
 
     def __init__(
-        self, sized: gs.Graph, costs: Costs, observed: Callable[[gs.Tensor], float | None] = lambda _: None
+        self, placement: Placement, sized: gs.Graph, costs: Costs, observed: Callable[[gs.Tensor], float | None]
     ) -> None:
         self.costs = costs
         self.observed = observed
@@ -173,6 +174,7 @@ class _Trade:
         self.results: dict[int, gs.Tensor] = {}  # by id of an operator, what is quantized of it
         tensors = (tensor for node in sized.nodes for tensor in (*node.inputs, *node.outputs))
         self.shapes = {tensor.name: fixed_shape(tensor) for tensor in tensors}
+        self.runs = self._runs(placement.graph) if placement.label else {}
 
     def losing(self, island: Island) -> dict[int, str]:
         """By id of an operator without which the island saves most, why it should stay float."""
@@ -270,7 +272,23 @@ class _Trade:
 
     def _size(self, tensor: gs.Tensor) -> float | None:
         shape = self.shapes.get(tensor.name)
-        return self.observed(tensor) if shape is None else math.prod(shape)
+        if shape is not None:
+            return math.prod(shape)
+        observed = self.observed(tensor)
+        return None if observed is None else observed / self.runs.get(id(tensor), 1.0)
+
+    def _runs(self, graph: gs.Graph) -> dict[int, float]:
+        """By id of a tensor of a branch or a body, how often a sample computes it, on average.
+
+        Where no shape tells how many values one run has, one is assumed.
+        """
+        own = [*graph.inputs, *(tensor for node in graph.nodes for tensor in present(node.outputs))]
+        ratios = [
+            observed / size
+            for tensor in own
+            if (size := math.prod(self.shapes.get(tensor.name) or (0,))) and (observed := self.observed(tensor))
+        ]
+        return dict.fromkeys(map(id, own), statistics.median(ratios)) if ratios else {}
 
 
 def _capacity(*costs: float | None) -> dict[str, float]:
