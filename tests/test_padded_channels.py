@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_insert_qdq import quantized, ranges_of
+from test_insert_qdq import ANY_CPU, quantized, ranges_of
 from texts import model_of
 
 from graphopt.passes.insert_qdq import ActivationType
@@ -42,8 +42,8 @@ def test_padded_convs_compute_the_same_to_the_bit(channels, outputs, spatial):
     sizes, kernel = ",".join("HWD"[:spatial]), ",".join(["3"] * spatial)
     strides = f"strides=[{','.join(['2'] * spatial)}]"
     text = net(channels=channels, outputs=outputs, kernel=kernel, attributes=strides, sizes=sizes)
-    padded, result = quantized(model_of(text), ranges=RANGES)
-    plain, expected = quantized(model_of(text), UNPADDED, RANGES)
+    padded, result = quantized(model_of(text), ranges=RANGES, **ANY_CPU)
+    plain, expected = quantized(model_of(text), UNPADDED, RANGES, **ANY_CPU)
     assert len(pads_of(padded)) == (channels % 4 > 0)
     assert result.parts == expected.parts | ({"Convs with channels of zeros": 1} if channels % 4 else {})
     shape = (2, channels, *[9] * spatial)
@@ -57,8 +57,8 @@ def test_convs_that_read_the_same_share_a_pad():
         <float[16,3,3,3] w, float[32,3,3,3] v>
         { y = Conv(x, w)  z = Conv(x, v)  r = MaxPool<kernel_shape=[3,3]>(x) }
     """
-    padded, _ = quantized(model_of(text), ranges=RANGES)
-    plain, _ = quantized(model_of(text), UNPADDED, RANGES)
+    padded, _ = quantized(model_of(text), ranges=RANGES, **ANY_CPU)
+    plain, _ = quantized(model_of(text), UNPADDED, RANGES, **ANY_CPU)
     assert len(pads_of(padded)) == 1
     expected = outputs_of(plain, (1, 3, 12, 10))
     for name, values in outputs_of(padded, (1, 3, 12, 10)).items():

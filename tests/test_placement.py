@@ -246,7 +246,7 @@ def test_a_branch_is_placed_as_a_graph_of_its_own():
     )
     outside, yes, no = place_all(graph, ORT_CPU)
     assert not outside.nodes and not outside.skipped and not no.nodes
-    assert (yes.branch, operators(yes), quantized(yes)) == ("y/then_branch", ["Conv"], {"x", "t"})
+    assert (yes.label, operators(yes), quantized(yes)) == ("y/then_branch", ["Conv"], {"x", "t"})
     assert not place(graph, ORT_CPU).nodes
 
 
