@@ -4,9 +4,9 @@ A tensor of a nested graph leaves it as one more output of the node that holds t
 one:
 
 - of an If: the other branch gives an empty tensor, so that a branch that is not taken gives no values;
-- of a Loop: the values of all turns in one vector. Where its size is known the Loop stacks them itself; else it may
-  change from turn to turn, and the vector is a state that grows by a Concat;
-- of a Scan, which has no states that grow: stacked.
+- of a Loop: the values of all turns in one vector. Their size may change from turn to turn, so they are gathered in a
+  sequence, a state that grows; before opset 13 states are tensors, and a Concat copies them in every turn;
+- of a Scan, which has no states that grow and no sizes that change: stacked, then as one vector.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import onnx_graphsurgeon as gs
 
 from graphopt.graph import Names, all_graphs, label_of, present
 from graphopt.model_io import Model
-from graphopt.sizes import fixed_shape, numpy_dtype
 
 Holders = tuple[tuple[gs.Node, str], ...]
 """The nodes that a nested graph is inside of, outermost first, each with the attribute that holds it."""
@@ -31,6 +30,7 @@ HOLDERS = frozenset({"If", "Loop", "Scan"})
 
 _LOOPS = HOLDERS - {"If"}
 _LOOP_STATES = 2  # the index of a Loop's first state: behind the number of turns and the condition
+_SEQUENCES_AS_STATES = 13  # opset
 _STACKED_LISTS = frozenset({"scan_output_axes", "scan_output_directions"})  # of Scan: an entry for each such output
 
 
@@ -96,12 +96,12 @@ def nested_tensors(graph: gs.Graph) -> dict[str, NestedTensor]:
     return found
 
 
-def with_nested_outputs(model: Model, tensors: Mapping[str, gs.Tensor]) -> tuple[Model, dict[str, str]]:
+def with_nested_outputs(model: Model, tensors: Mapping[str, np.dtype[Any]]) -> tuple[Model, dict[str, str]]:
     """A copy of a model in which tensors of nested graphs are tensors of the main graph too.
 
     Args:
         model: is left as it is.
-        tensors: by names as in `nested_tensors`, copies with dtypes, and with shapes where these are known.
+        tensors: names as in `nested_tensors`, with the dtypes.
 
     Returns:
         the copy, and by name what the tensor is called in its main graph; it is empty where nothing computes it.
@@ -109,7 +109,7 @@ def with_nested_outputs(model: Model, tensors: Mapping[str, gs.Tensor]) -> tuple
     copy = model.copy()
     found = nested_tensors(copy.graph)
     giving = _Giving(copy.graph)
-    return copy, {name: giving.give(name, found[name], typed) for name, typed in tensors.items()}
+    return copy, {name: giving.give(name, found[name], dtype) for name, dtype in tensors.items()}
 
 
 class _Giving:
@@ -119,21 +119,18 @@ class _Giving:
         self._graph = graph
         self._names = Names(graph)
 
-    def give(self, name: str, nested: NestedTensor, typed: gs.Tensor) -> str:
+    def give(self, name: str, nested: NestedTensor, dtype: np.dtype[Any]) -> str:
         """The name in the main graph of the values of a tensor of a nested graph."""
-        tensor, dtype = nested.tensor, numpy_dtype(typed.dtype)
+        tensor = nested.tensor
         where = "in a loop" if any(node.op in _LOOPS for node, _ in nested.holders) else "in a branch"
         graphs = [self._graph, *(node.attrs[attribute] for node, attribute in nested.holders)]
-        may_grow = fixed_shape(typed) is None
         for depth, (node, attribute) in reversed(list(enumerate(nested.holders))):
             wanted = f"{name} ({where})" if depth == 0 else f"{name} ({where}, inner graph)"
             if node.op == "If":
                 tensor = self._of_branch(tensor, node, attribute, dtype, wanted)
-            elif node.op == "Loop" and may_grow:
-                tensor = self._gathered(tensor, node, dtype, wanted)
             else:
-                tensor = self._flat(self._stacked(tensor, node, dtype, wanted), graphs[depth], dtype, wanted)
-            may_grow = True  # other branches, numbers of turns
+                give = self._gathered if node.op == "Loop" else self._stacked
+                tensor = give(tensor, node, graphs[depth], dtype, wanted)
         return str(tensor.name)
 
     def _of_branch(
@@ -147,28 +144,45 @@ class _Giving:
             empty = gs.Constant(self._names.fresh(f"{wanted}, empty"), np.empty(0, dtype))
             returned = self._append("Constant", [], branch, dtype, f"{wanted}, returned", value=empty)
             branch.outputs.append(returned)
-        return self._output(node, len(node.outputs), dtype, wanted)
+        return self._output(node, dtype, wanted)
 
-    def _gathered(self, tensor: gs.Tensor, node: gs.Node, dtype: np.dtype[Any], wanted: str) -> gs.Tensor:
-        """The new output of a Loop that has the values of a tensor of its body in all turns, one behind the other."""
+    def _gathered(
+        self, tensor: gs.Tensor, node: gs.Node, graph: gs.Graph, dtype: np.dtype[Any], wanted: str
+    ) -> gs.Tensor:
+        """A new tensor of `graph` that has the values of a tensor of its Loop in all turns, one behind the other."""
         body = node.attrs["body"]
+        flat = self._flat(tensor, body, dtype, f"{wanted}, now")
+        kind = "sequence_type" if graph.opset >= _SEQUENCES_AS_STATES else "tensor_type"
+        first: gs.Tensor = gs.Constant(self._names.fresh(f"{wanted}, empty"), np.empty(0, dtype))
+        before = gs.Variable(self._names.fresh(f"{wanted}, so far"), dtype, [None], kind)
+        after = gs.Variable(self._names.fresh(f"{wanted}, returned"), dtype, [None], kind)
+        result = gs.Variable(self._names.fresh(wanted), dtype)
+        last = result
+        if kind == "sequence_type":  # ConcatFromSequence takes no sequence of nothing: it begins with an empty tensor
+            empty, first = first, gs.Variable(self._names.fresh(f"{wanted}, before"), dtype, [None], kind)
+            last = gs.Variable(self._names.fresh(f"{wanted}, in turns"), dtype, [None], kind)
+            graph.nodes.insert(0, gs.Node("SequenceConstruct", first.name, {}, [empty], [first]))
+            body.nodes.append(gs.Node("SequenceInsert", after.name, {}, [before, flat], [after]))
+            graph.nodes.append(gs.Node("ConcatFromSequence", result.name, {"axis": 0}, [last], [result]))
+        else:
+            body.nodes.append(gs.Node("Concat", after.name, {"axis": 0}, [before, flat], [after]))
         while len(node.inputs) < _LOOP_STATES:
             node.inputs.append(gs.Variable.empty())
         states = len(node.inputs) - _LOOP_STATES
-        node.inputs.append(gs.Constant(self._names.fresh(f"{wanted}, before"), np.empty(0, dtype)))
-        before = gs.Variable(self._names.fresh(f"{wanted}, so far"), dtype, [None])
+        node.inputs.append(first)
         body.inputs.append(before)
-        flat = self._flat(tensor, body, dtype, f"{wanted}, now")
-        after = self._append("Concat", [before, flat], body, dtype, f"{wanted}, returned", axis=0)
         body.outputs.insert(1 + states, after)  # behind the condition and the other states
-        return self._output(node, states, dtype, wanted)
+        node.outputs.insert(states, last)
+        return result
 
-    def _stacked(self, tensor: gs.Tensor, node: gs.Node, dtype: np.dtype[Any], wanted: str) -> gs.Tensor:
-        """The new output of a Loop or Scan that has the values of a tensor of its body along a new axis."""
+    def _stacked(
+        self, tensor: gs.Tensor, node: gs.Node, graph: gs.Graph, dtype: np.dtype[Any], wanted: str
+    ) -> gs.Tensor:
+        """A new tensor of `graph` that has the values of a tensor of its Scan in all turns."""
         self._return(tensor, node.attrs["body"], dtype, wanted)
         for name in _STACKED_LISTS & node.attrs.keys():
             node.attrs[name] = [*node.attrs[name], 0]
-        return self._output(node, len(node.outputs), dtype, f"{wanted}, stacked")
+        return self._flat(self._output(node, dtype, f"{wanted}, stacked"), graph, dtype, wanted)
 
     def _return(self, tensor: gs.Tensor, graph: gs.Graph, dtype: np.dtype[Any], wanted: str) -> None:
         """Return the tensor from a nested graph; it may be an output already, so by another name."""
@@ -185,7 +199,7 @@ class _Giving:
         graph.nodes.append(gs.Node(op, result.name, attributes, inputs, [result]))
         return result
 
-    def _output(self, node: gs.Node, index: int, dtype: np.dtype[Any], wanted: str) -> gs.Tensor:
+    def _output(self, node: gs.Node, dtype: np.dtype[Any], wanted: str) -> gs.Tensor:
         output = gs.Variable(self._names.fresh(wanted), dtype)
-        node.outputs.insert(index, output)
+        node.outputs.append(output)
         return output

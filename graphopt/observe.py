@@ -284,10 +284,10 @@ def _with_nested(
     """A model whose main graph has all tensors, what they are called there, and by that the names asked for."""
     main = {tensor.name for node in model.graph.nodes for tensor in (*node.inputs, *node.outputs)}
     main.update(tensor.name for tensor in model.graph.inputs)
-    nested = {name: inner[name].tensor for name in names if name not in main}
-    if not nested:
+    dtypes = {name: numpy_dtype(inner[name].tensor.dtype) for name in names if name not in main}
+    if not dtypes:
         return model, list(names), {}
-    model, outer = with_nested_outputs(model, nested)
+    model, outer = with_nested_outputs(model, dtypes)
     return model, [outer.get(name, name) for name in names], {outside: name for name, outside in outer.items()}
 
 

@@ -1,6 +1,5 @@
 import numpy as np
 import onnx.parser
-import onnx_graphsurgeon as gs
 import pytest
 from zoo import zoo_feeds, zoo_model
 
@@ -88,8 +87,7 @@ def test_a_value_that_is_not_finite_names_the_tensor_in_the_branch_and_the_sampl
 def test_the_model_with_more_outputs_of_its_ifs_gives_what_it_gave():
     model = nested()
     before = model.to_proto().SerializeToString()
-    typed = {name: gs.Variable(name, np.dtype(np.float32)) for name in ("deep", "doubled")}
-    copy, outer = with_nested_outputs(model, typed)
+    copy, outer = with_nested_outputs(model, dict.fromkeys(["deep", "doubled"], np.dtype(np.float32)))
     assert model.to_proto().SerializeToString() == before
     assert list(outer) == ["deep", "doubled"]
     for feed in samples_of(*FEEDS):
@@ -139,8 +137,8 @@ LOOPS = """
 """
 
 
-def loops():
-    model = onnx.parser.parse_model(LOOPS)
+def loops(opset=17):
+    model = onnx.parser.parse_model(LOOPS.replace(": 17]", f": {opset}]"))
     model.graph.node[-1].name = "_s"
     return load_model(model)
 
@@ -150,10 +148,11 @@ def turns(*numbers):
     return Samples(lambda: iter(arrays), "test data", len(arrays))
 
 
+@pytest.mark.parametrize("opset", [11, 13, 17, 21])
 @pytest.mark.parametrize("statistics", [Histogram, Extremes])
-def test_tensors_of_loops_are_observed_in_every_turn(statistics):
+def test_tensors_of_loops_are_observed_in_every_turn(statistics, opset):
     names = ["z", "doubled", "v", "tripled", "e", "w", "state", "row", "seen"]
-    observation = observe(loops(), names, turns(2, 3, 0), statistics)
+    observation = observe(loops(opset), names, turns(2, 3, 0), statistics)
     assert observation.skipped == ()
     found = {name: (seen.minimum, seen.maximum, seen.count) for name, seen in observation.statistics.items()}
     assert found == {
