@@ -19,7 +19,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.biases import Bias
-from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import (
     Array,
     Names,
@@ -40,6 +39,7 @@ from graphopt.graph import (
 from graphopt.placement import Activation, Edge, Placement
 from graphopt.quantization import QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
+from graphopt.saturation import LARGEST_PAIR, largest_pairs
 from graphopt.sizes import fixed_shape
 from graphopt.targets import Target
 from graphopt.weights import remove_unread_transpose, weight_values
@@ -237,12 +237,20 @@ class _Insertion:
     def _weight(self, edges: Sequence[Edge], axis: int | None) -> gs.Variable:
         """The Q/DQ pair of a weight, for all that read it."""
         weight = edges[0].tensor
-        fits = self.target.saturates and not is_depthwise(edges[0].node)  # which has kernels of its own
-        least = 0.0 if axis is None else reduce(np.maximum, (self._least_scale(edge, axis) for edge in edges))
-        params = params_of_weight(weight_values(weight), axis, self.target.weight, pairs_fit_16_bits=fits, least=least)
+        values = weight_values(weight)
+        least = reduce(np.maximum, (self._least_scale(edge, axis, values) for edge in edges))
+        params = params_of_weight(values, axis, self.target.weight, least=least)
         return self._constant_pair(weight, params)
 
-    def _least_scale(self, edge: Edge, axis: int) -> Array:
+    def _least_scale(self, edge: Edge, axis: int | None, values: Array) -> Array:
+        """The least scale with which sums do not saturate, of each channel of a weight along `axis` (None: one)."""
+        least = np.zeros(1) if axis is None else self._least_scale_for_bias(edge, axis)
+        if not self.target.saturates:
+            return least
+        pairs = largest_pairs(edge.node, values) / (LARGEST_PAIR - 1)  # rounding adds up to half a step to each of two
+        return np.maximum(least, pairs.max() if axis is None else pairs)
+
+    def _least_scale_for_bias(self, edge: Edge, axis: int) -> Array:
         """The least scale of each channel of a weight with which its bias fits an int32.
 
         A kernel adds the bias as an integer, round(bias / (scale of x * scale of w)). A channel whose weights are all

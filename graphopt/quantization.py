@@ -17,9 +17,6 @@ from onnx import TensorProto, helper
 
 Array = NDArray[Any]
 
-LARGEST_PAIR = 128
-"""The largest sum of two stored int8 weights whose products with uint8 activations fit 16 bits: 255 * 128 < 2**15."""
-
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """A scale below the smallest normal float32 may be flushed to zero by a runtime, and then divides by it."""
 
@@ -117,7 +114,6 @@ def params_of_weight(
     axis: int | None,
     quant_type: QuantType,
     *,
-    pairs_fit_16_bits: bool = False,
     least: Array | float = 0.0,
 ) -> QuantParams:
     """Symmetric parameters of a weight: per tensor, or one scale for each index of `axis`.
@@ -128,29 +124,10 @@ def params_of_weight(
         weight: any shape.
         axis: of the channels; None: one scale.
         quant_type: of the stored weight.
-        pairs_fit_16_bits: for kernels that add two products of a uint8 and an int8 in 16 bits. Whatever two weights
-            of a channel meet, their stored sum then stays within 128, and 255 * 128 < 2**15: scale[c] is at least
-            the sum of the two largest weights of one sign over 127 (rounding adds at most half a step to each).
         least: no scale is smaller; one value, or one for each channel.
     """
-    channels = _channels(weight, axis).astype(np.float64)
-    bound = np.abs(channels).max(axis=1, initial=0.0) / quant_type.maximum
-    if pairs_fit_16_bits:
-        bound = np.maximum(bound, largest_pairs(weight, axis) / (LARGEST_PAIR - 1))  # rounding adds half to each
+    channels = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    bound = np.abs(channels.astype(np.float64)).max(axis=1, initial=0.0) / quant_type.maximum
     scale = np.where(bound > 0, np.maximum(np.maximum(bound, SMALLEST_SCALE), least), 1.0).astype(np.float32)
     scale = scale.reshape(()) if axis is None else scale
     return QuantParams(scale, np.zeros(scale.shape, quant_type.dtype), quant_type, axis=axis)
-
-
-def largest_pairs(weight: Array, axis: int | None) -> NDArray[np.float64]:
-    """The largest magnitude of a sum of two weights of each channel along `axis` (None: of all), shape [C]."""
-    channels = _channels(weight, axis).astype(np.float64)
-    if channels.shape[1] < 2:
-        return np.asarray(np.abs(channels).sum(axis=1))
-    lowest, highest = np.partition(channels, 1, axis=1)[:, :2], np.partition(channels, -2, axis=1)[:, -2:]
-    return np.asarray(np.maximum(-lowest.sum(axis=1), highest.sum(axis=1)))
-
-
-def _channels(weight: Array, axis: int | None) -> Array:
-    """The values of each index of `axis`, shape [C, N]; all in one row without."""
-    return weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)

@@ -6,7 +6,8 @@ output goes to one QuantizeLinear and is no graph output, and scales are constan
 
 Activations are uint8 and weights int8: the only combination with fast kernels on VNNI. On x86 without VNNI those
 kernels add two products of a uint8 and an int8 in 16 bits and saturate, which ruins results in silence; there, scales
-of weights are chosen so that no two can. That costs up to one bit, and weights of a VNNI machine must not be used.
+of weights are chosen so that none can (`graphopt.saturation`). That costs a fraction of a bit, at most one, and weights
+of a VNNI machine must not be used.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def ort_cpu_of_this_machine() -> Target:
 
 
 _NO_VNNI = (
-    "this CPU has no VNNI: weights give up to one bit so that int8 sums cannot saturate "
+    "this CPU has no VNNI: some weights are rounded more coarsely so that int8 sums cannot saturate "
     "(qdq:reduce_range=off for machines with VNNI)"
 )
 

@@ -16,8 +16,8 @@ from graphopt.errors import ModelError
 from graphopt.graph import constant_of, label_of
 from graphopt.int8_proof import Int8Proof
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
-from graphopt.quantization import LARGEST_PAIR, largest_pairs
 from graphopt.quantizers import Quantizer, dequantizer_of, is_weight
+from graphopt.saturation import LARGEST_PAIR, largest_pairs
 from graphopt.targets.int8_share import MACS_IN_INT8, share_of_macs
 from graphopt.targets.ort_float import float_operators, proof, scale_axis, weight_in_blocks
 from graphopt.targets.target import Role
@@ -132,15 +132,12 @@ def sums_do_not_saturate(subject: Subject) -> Places:
     """On x86 without VNNI, weights are small enough that two products fit 16 bits.
 
     Source: onnxruntime's documentation on quantization (reduce_range). 255 * (a + b) must stay below 2**15 for any two
-    weights of an output channel. Depthwise Convs have kernels of their own.
+    weights that a kernel adds up in 16 bits (`graphopt.saturation`).
     """
     for node in subject.nodes:
         weight = _weight_of(subject, node.op, node.inputs)
         values = None if weight is None or weight.stored_dtype != np.int8 else constant_of(weight.data)
-        if weight is None or values is None or not values.size:
-            continue
-        is_depthwise = node.op == "Conv" and node.attrs.get("group", 1) > 1 and values.shape[1] == 1
-        if not is_depthwise and largest_pairs(values, scale_axis(node, weight)).max() > LARGEST_PAIR:
+        if values is not None and values.size and largest_pairs(node, values).max() > LARGEST_PAIR:
             yield label_of(node), "its int8 sums may saturate on this CPU, which has no VNNI: quantize with 7 bits"
 
 
