@@ -85,12 +85,10 @@ _COSTS = Costs(
     copied_ns=0.4,
 )
 
-# Two threads, AVX2 (AMD Zen 3): dense Convs save at most 0.007 ns a MAC, a Gemm of 128 rows 0.008; the rest as above.
-# First Convs of 3 channels lose 2 to 5 ms of 1024 x 1024, but in float they change the layout of what follows: nets as
-# large are no faster for it, and BlazeFace takes 1.2 ms more.
-_COSTS_WITHOUT_VNNI = replace(
-    _COSTS, saved_ns_per_mac={**_COSTS.saved_ns_per_mac, "Conv": 0.0065, "Gemm": 0.008, "MatMul": 0.008}
-)
+# Two threads, AVX2 (AMD Zen 3): a Gemm of 128 rows saves 0.008 ns a MAC, dense Convs 0.001 to 0.02, and small ones of
+# large weights (a voice detector's) more. First Convs of 3 channels lose 2 to 5 ms of 1024 x 1024, but in float they
+# change the layout of what follows: nets as large are no faster for it, and BlazeFace takes 1.2 ms more.
+_COSTS_WITHOUT_VNNI = replace(_COSTS, saved_ns_per_mac={**_COSTS.saved_ns_per_mac, "Gemm": 0.012, "MatMul": 0.012})
 
 # MLAS's kernels that read the picture in place (ConvSym) take multiples of 4 channels and 16 out at least; others first
 # copy it, place by place. 3 to 16 channels of 3 x 3 take 5.0 ms and, padded to 4, 2.4 on 1024 x 1024 (Pad: 0.2), 0.23
