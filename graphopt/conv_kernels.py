@@ -9,6 +9,7 @@ same size for every input where begin + end - (k - 1) * dilation agrees.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,9 +55,14 @@ class ConvKernel:
         return [begin + end - (size - 1) * dilation for begin, end, size, dilation in steps]
 
 
-def is_depthwise(node: gs.Node) -> bool:
-    """Whether each output channel of a Conv reads one input channel of several."""
-    return node.op == "Conv" and bool(node.attrs.get("group", 1) > 1 and node.inputs[1].shape[1] == 1)
+def is_depthwise(node: gs.Node, weight: Sequence[int] | None = None) -> bool:
+    """Whether each output channel of a Conv reads one input channel of several.
+
+    `weight` is the shape of its weight, for one that a DequantizeLinear computes: by default that of its input.
+    """
+    if node.op != "Conv" or node.attrs.get("group", 1) == 1:
+        return False
+    return bool((node.inputs[1].shape if weight is None else weight)[1] == 1)
 
 
 def why_not_known(conv: gs.Node) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from graphopt.conv_kernels import is_depthwise
 from graphopt.quantization import Array
 
 LARGEST_PAIR = 128
@@ -35,8 +36,7 @@ def largest_pairs(node: gs.Node, weight: Array) -> NDArray[np.float64]:
     Returns:
         one value for each output channel, and each matrix of a stack; or one for all.
     """
-    is_depthwise = node.op == "Conv" and node.attrs.get("group", 1) > 1 and weight.shape[1] == 1
-    if is_depthwise or node.op not in ("Conv", "Gemm", "MatMul") or weight.ndim < 2:
+    if node.op not in ("Conv", "Gemm", "MatMul") or weight.ndim < 2 or is_depthwise(node, weight.shape):
         return np.zeros(1)
     found = [_of_rows(rows.astype(np.float64)) for rows in _rows(node, weight)]
     return np.asarray(np.max(found, axis=0))
