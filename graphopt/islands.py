@@ -24,12 +24,13 @@ import networkx as nx
 import onnx_graphsurgeon as gs
 from networkx.algorithms.flow import boykov_kolmogorov
 
+from graphopt.channels_last import pools_with_channels_first
 from graphopt.conv_kernels import is_depthwise
 from graphopt.graph import all_graphs, present, producer
 from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
-from graphopt.targets import DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, Costs
+from graphopt.targets import CHANNELS_FIRST_POOL, DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, Costs
 from graphopt.weights import is_weight
 
 _FEW_ROWS = 16
@@ -175,6 +176,7 @@ class _Trade:
         tensors = (tensor for node in sized.nodes for tensor in (*node.inputs, *node.outputs))
         self.shapes = {tensor.name: fixed_shape(tensor) for tensor in tensors}
         self.runs = self._runs(placement.graph) if placement.label else {}
+        self.channels_first = pools_with_channels_first(placement)
 
     def losing(self, island: Island) -> dict[int, str]:
         """By id of an operator without which the island saves most, why it should stay float."""
@@ -244,11 +246,14 @@ class _Trade:
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)
         if macs:
-            saved = macs * self.costs.saved_ns_per_mac.get(_kind(node, macs), 0.0)
+            saved = macs * self.costs.saved_ns_per_mac.get(self._kind(node, macs), 0.0)
             return saved - _copies(node, macs) * self.costs.copied_ns
-        fixed, per_value = self.costs.saved_ns_and_per_value.get(_kind(node, macs), (0.0, 0.0))
+        fixed, per_value = self.costs.saved_ns_and_per_value.get(self._kind(node, macs), (0.0, 0.0))
         size = self._size_of_result(node)
         return 0.0 if size is None else fixed + per_value * size
+
+    def _kind(self, node: gs.Node, macs: float) -> str:
+        return CHANNELS_FIRST_POOL if id(node) in self.channels_first else _kind(node, macs)
 
     def _fused_behind(self, island: Island) -> dict[int, int | str]:
         """By id of an operator that is part of a float one before it, what must be in int8 for it to save anything."""

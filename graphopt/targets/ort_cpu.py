@@ -17,7 +17,18 @@ from pathlib import Path
 
 from graphopt.quantization import INT8, INT8_WEIGHT, INT16, UINT4_WEIGHT, UINT8, UINT16
 from graphopt.targets.ort_rules import ORT_ARM_RULES, ORT_X86_RULES, figures, sums_do_not_saturate
-from graphopt.targets.target import DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, Blocks, Costs, DenseConvs, Role, Rule, Target
+from graphopt.targets.target import (
+    CHANNELS_FIRST_POOL,
+    DEPTHWISE,
+    FEW_ROWS,
+    INNER_SOFTMAX,
+    Blocks,
+    Costs,
+    DenseConvs,
+    Role,
+    Rule,
+    Target,
+)
 
 _JOINS = Rule(role=Role.JOINS)
 _JOINS_WITH_ALL_INPUTS = Rule(role=Role.JOINS, inputs=None)
@@ -69,7 +80,8 @@ _RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}
 # value more, for two changes of layout. A Conv of 1 channel to 1, with a kernel of 256, takes 1.6 ms for 21,922
 # places in float and 3.9 in int8; 3 channels to 8, 3 x 3 on 224 x 224, 0.09 and 0.21. PRelu of 68,000 values takes
 # 93 us in float and 60 in int8, as three operators. Softmax of an inner axis takes 8 to 9 ns a value in float and 2
-# in int8 before a Conv, in whose layout that axis comes last.
+# in int8 before a Conv, in whose layout that axis comes last. MaxPool takes 0.4 to 2 ns a value of its result in float,
+# and in int8 4 to 14 where channels come first.
 _COSTS = Costs(
     saved_ns_per_mac={"Conv": 0.013, DEPTHWISE: -0.01, FEW_ROWS: 0.008, "Gemm": 0.035, "MatMul": 0.035},
     border_ns=1000,
@@ -80,6 +92,7 @@ _COSTS = Costs(
         "LeakyRelu": (-500, 0.14),
         "PRelu": (-3000, 0.5),
         INNER_SOFTMAX: (0, 5.0),
+        CHANNELS_FIRST_POOL: (0, -3.5),
     },
     fused_in_float=frozenset({"LeakyRelu"}),
     copied_ns=0.4,

@@ -1,0 +1,83 @@
+"""Which MaxPools onnxruntime runs with the channels first: what is foretold is what its optimized graph holds."""
+
+import numpy as np
+import pytest
+from test_placement import CONV
+from texts import model_of
+
+import graphopt
+from graphopt.channels_last import pools_with_channels_first
+from graphopt.islands import too_small
+from graphopt.model_io import load_model
+from graphopt.placement import place
+from graphopt.runtime import optimized_ops
+from graphopt.shapes import infer_shapes
+from graphopt.targets import CHANNELS_FIRST_POOL, FEW_ROWS, Costs
+from graphopt.targets.ort_cpu import ORT_CPU
+
+POOL = "MaxPool<kernel_shape=[2,2], strides=[2,2]>"
+C = f"c = {CONV}(x, w, b)"
+SILU = f"{C} s = Sigmoid(c) m = Mul(c, s)"
+CASES = [
+    (f"{C} p = {POOL}(c)", False),
+    (f"{C} r = Relu(c) p = {POOL}(r)", False),
+    (f"{C} t = Mul(c, two) p = {POOL}(t)", False),
+    (f"{C} q = {POOL}(c) p = {POOL}(q)", False),
+    (f"{C} s = Sigmoid(c) p = {POOL}(s)", True),
+    (f"{C} h = HardSigmoid(c) p = {POOL}(h)", True),
+    (f"{SILU} p = {POOL}(m)", True),
+    (f"{SILU} q = {POOL}(m) p = {CONV}(q, w, b)", False),
+    (f"{SILU} q = {POOL}(m) t = Mul(q, two) p = {CONV}(t, w, b)", False),
+    (f"{SILU} q = {POOL}(m) v = Reshape(q, known) p = {CONV}(v, w, b)", True),
+    (f"{C} d = {CONV}(c, w, b) a = Add(c, d) p = {POOL}(a)", False),
+    (f"{C} d = {CONV}(x, w, b) a = Concat<axis=1>(c, d) p = {POOL}(a)", False),
+    (f"{SILU} d = {CONV}(x, w, b) a = Add(m, d) p = {POOL}(a)", True),
+    (f"{C} g = GlobalAveragePool(c) e = {CONV}(g, w, b) m = Mul(c, e) p = {POOL}(m)", False),
+    (f"{C} v = AveragePool<kernel_shape=[2,2]>(c) p = {POOL}(v)", False),
+    (f"{C} v = AveragePool<kernel_shape=[2,2]>(c) s = Sigmoid(v) p = {POOL}(s)", True),
+]
+
+
+def model_with(body, channels=16):
+    """A net whose tensor p goes on to a matrix product, so that it is wanted in int8."""
+    weights = (
+        f"float[16,16,3,3] w, float[16] b, float two = {{2}}, int64[4] known = {{1, 16, 2, 8}}, float[{channels},4] k"
+    )
+    return load_model(
+        model_of(
+            f"""<ir_version: 8, opset_import: ["" : 14]> g (float[1,16,8,8] x) => (float[1,4] y) <{weights}>
+                {{ {body} o = GlobalAveragePool(p) z = Flatten(o) y = MatMul(z, k) }}"""
+        )
+    )
+
+
+@pytest.mark.parametrize(("body", "first"), CASES)
+def test_what_onnxruntime_runs_with_the_channels_first_is_foretold(body, first):
+    model = model_with(body, channels=32 if "Concat" in body else 16)
+    infer_shapes(model.graph)
+    placement = place(model.graph, ORT_CPU)
+    pools = [node for node in placement.nodes if node.op == "MaxPool"]
+    assert pools
+    assert pools_with_channels_first(placement) == (set(map(id, pools)) if first else set())
+
+    samples = [{"x": each} for each in np.random.default_rng(0).normal(size=(4, 1, 16, 8, 8)).astype(np.float32)]
+    result = graphopt.optimize(model, "calibrate:method=minmax,qdq:small_islands=true", data=samples, verify=False)
+    ran = optimized_ops(result.model)
+    assert (ran["MaxPool"], ran["NhwcMaxPool"]) == ((len(pools), 0) if first else (0, len(pools)))
+
+
+@pytest.mark.parametrize("body", [f"{SILU} p = {POOL}(m)", f"{C} p = {POOL}(c)"])
+@pytest.mark.parametrize("lost", [0, 1000])
+def test_a_pool_that_loses_more_there_than_conversions_cost_stays_float(body, lost):
+    model = model_with(body)
+    infer_shapes(model.graph)
+    costs = Costs(
+        saved_ns_per_mac={"Conv": 1.0, FEW_ROWS: 1.0},
+        border_ns=10,
+        border_ns_per_element=0.0,
+        saved_ns_and_per_value={CHANNELS_FIRST_POOL: (0, -lost)},
+    )
+    found = too_small(model.graph, [place(model.graph, ORT_CPU)], costs)
+    losing = {node.op for node in model.graph.nodes if id(node) in found}
+    assert ("MaxPool" in losing) == (lost > 0 and body.startswith(SILU))
+    assert not losing & {"Conv", "MatMul"}
