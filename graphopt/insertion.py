@@ -37,7 +37,7 @@ from graphopt.graph import (
     set_output,
 )
 from graphopt.placement import Activation, Edge, Placement
-from graphopt.quantization import QuantParams, params_of_range, params_of_weight
+from graphopt.quantization import UINT8, QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
 from graphopt.saturation import LARGEST_PAIR, largest_pairs
 from graphopt.sizes import fixed_shape
@@ -129,6 +129,7 @@ class _Insertion:
     def _activation(self, activation: Activation, readers: tuple[Edge, ...]) -> None:
         tensor, params = activation.tensor, self._params(activation)
         is_int8 = tensor.name in self.placement.computed_by
+        self._clip_before(tensor, params)
         if is_int8 and (is_output(self.graph, tensor) or tensor.name in self.nested_names):
             self._named_output(tensor, params)
             return
@@ -139,6 +140,22 @@ class _Insertion:
             for edge in readers:
                 set_input(edge.node, edge.index, pair_output)
         self.stored[id(tensor)] = self._pair(tensor, pair_output, params)
+
+    def _clip_before(self, tensor: gs.Tensor, params: QuantParams) -> None:
+        """Put a pair before an activation function too, where it is all between a bias and the pair behind it.
+
+        onnxruntime makes Reshape, Gemm, Reshape of a stack of matrices times a matrix plus a bias. It moves Qs before
+        Reshapes, and only then drops a Relu or Clip that a Q makes redundant: the Gemm would run in float.
+        """
+        add, function = self.bias_adds.get(id(self.placement.computed_by.get(tensor.name))), producer(tensor)
+        if add is None or function is None or function is add or len(tensor.shape or ()) < 3:
+            return
+        if self.target.activation.levels > UINT8.levels:  # no kernel takes those: each pair runs
+            return
+        before = function.inputs[0]
+        clipped = gs.Variable(self.names.fresh(f"{before.name}_dequantized"), before.dtype, before.shape)
+        set_input(function, 0, clipped)
+        self._pair(before, clipped, params)
 
     def _rescale(self, activation: Activation, before: gs.Tensor) -> None:
         """Read the integers of `before` with the scale of `activation`, in place of the operator between them."""

@@ -82,12 +82,16 @@ class Link:
         """All operators of the island that the tensor links."""
         return self.users if self.computed_by is None else (self.computed_by, *self.users)
 
+    def is_quantized(self, int8: Collection[int]) -> bool:
+        """Whether a Q behind a float operator stands there, if the operators with these ids are those in int8."""
+        is_float = self.computed_by is None or id(self.computed_by) not in int8
+        return is_float and any(id(user) in int8 for user in self.users)
+
     def is_converted(self, int8: Collection[int]) -> bool:
         """Whether a Q or a DQ stands there, if the operators with these ids are those in int8."""
-        used = [id(user) in int8 for user in self.users]
         if self.computed_by is None or id(self.computed_by) not in int8:
-            return any(used)
-        return self.is_read_in_float or not all(used)
+            return self.is_quantized(int8)
+        return self.is_read_in_float or not all(id(user) in int8 for user in self.users)
 
     def changes_layout(self, int8: Collection[int]) -> bool:
         """Whether it comes from a float Conv to an int8 operator, or the other way round, if those are in int8."""
@@ -215,7 +219,8 @@ class _Trade:
             conversion, layout = self._conversion(link.tensor), self._layout(link.tensor)
             quantize, dequantize, reorder = ((link.tensor.name, what) for what in ("Q", "DQ", "layout"))
             flow.add_edges_from((id(user), quantize) for user in link.users)
-            flow.add_edge(quantize, source, **_capacity(conversion, layout if link.is_of_conv else 0.0))
+            pool = self._pool_behind_q(link)
+            flow.add_edge(quantize, source, **_capacity(conversion, layout if link.is_of_conv else 0.0, pool))
             if link.computed_by is None:
                 continue
             flow.add_edge(source, dequantize, **_capacity(conversion))
@@ -228,8 +233,17 @@ class _Trade:
                 flow.add_edge(reorder, _FLOAT)
         return flow
 
+    def _pool_behind_q(self, link: Link) -> float | None:
+        """What a MaxPool in float loses where only int8 operators read it: onnxruntime moves their Q before it."""
+        maker = producer(link.tensor) if link.computed_by is None else link.computed_by
+        if maker is None or maker.op != "MaxPool" or link.is_read_in_float:
+            return 0.0
+        saved, saved_per_value = self.costs.saved_ns_and_per_value.get(CHANNELS_FIRST_POOL, (0.0, 0.0))
+        return self._for_each(link.tensor, -saved, -saved_per_value)
+
     def _spent(self, island: Island, int8: Collection[int]) -> float:
         spent = [self._conversion(link.tensor) for link in island.links if link.is_converted(int8)]
+        spent += [self._pool_behind_q(link) for link in island.links if link.is_quantized(int8)]
         spent += [self._layout(link.tensor) for link in island.links if link.changes_layout(int8)]
         return sum(cost for cost in spent if cost is not None)
 

@@ -13,10 +13,11 @@ Scaling stays where Q and DQ differ. Clipping is a side effect where the range w
 let it stand for a Relu or a Clip that they remove, and then it is part of the network:
 
 - A zero point at the lowest stored value clips at 0 exactly. Where the tensor is never negative anyway (behind a Relu,
-  a Sigmoid, a MaxPool of such), or is a graph input, nothing was removed and nothing is lost. Elsewhere the Q stands
-  for an activation function, and the file does not tell a Relu from a Relu6, whose upper end a network may depend on
-  (hard-swish without it grows without bound). So both ends stay, as one Clip: what the quantized graph does, without
-  the rounding. `clips=relu` keeps the lower end alone, for networks that have no other activation function.
+  a Sigmoid, a MaxPool of such), or is a graph input, or a Relu or Clip stands behind the pair too, nothing was removed
+  and nothing is lost. Elsewhere the Q stands for an activation function, and the file does not tell a Relu from a
+  Relu6, whose upper end a network may depend on (hard-swish without it grows without bound). So both ends stay, as one
+  Clip: what the quantized graph does, without the rounding. `clips=relu` keeps the lower end alone, for networks that
+  have no other activation function.
 - A zero point at the highest value: the same, upside down.
 - With other zero points, nothing tells a calibrated range from a Clip that was removed; both ends go. `clips=all` keeps
   those of every activation.
@@ -233,7 +234,8 @@ class _Stripping:
         low, high = ends_of(quantizer)
         changes = bool(np.any(factor != 1) or np.any(shift != 0))
         if self.clips is not Clips.ALL and not (changes and 0 in (low, high)):
-            low, high = self._meant_ends(quantizer, low, high)
+            meant = not _is_before_activations(dequantizer)
+            low, high = self._meant_ends(quantizer, low, high) if meant else (None, None)
         if quantizer.is_per_tensor and (low is not None or high is not None):
             values = self._clip(graph, quantizer, low, high)
         else:
@@ -319,6 +321,12 @@ class _Stripping:
 
 _SIZES = frozenset({"Shape", "Size"})
 _LIMITS_AS_INPUTS = 11  # the opset since which those of Clip are
+
+
+def _is_before_activations(dequantizer: Quantizer) -> bool:
+    """Whether only activation functions that clip read a DequantizeLinear."""
+    (output,) = dequantizer.node.outputs
+    return bool(output.outputs) and all(node.op in ("Relu", "Clip") for node in output.outputs)
 
 
 def _why_not(dequantizer: Quantizer) -> str | None:

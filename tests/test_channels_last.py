@@ -1,4 +1,4 @@
-"""Which MaxPools onnxruntime runs with the channels first: what is foretold is what its optimized graph holds."""
+"""Which int8 MaxPools onnxruntime runs with the channels first: what is foretold is what its optimized graph holds."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from graphopt.channels_last import pools_with_channels_first
 from graphopt.islands import too_small
 from graphopt.model_io import load_model
 from graphopt.placement import place
-from graphopt.runtime import optimized_ops
+from graphopt.runtime import optimized_graph, optimized_ops
 from graphopt.shapes import infer_shapes
 from graphopt.targets import CHANNELS_FIRST_POOL, FEW_ROWS, Costs
 from graphopt.targets.ort_cpu import ORT_CPU
@@ -81,3 +81,39 @@ def test_a_pool_that_loses_more_there_than_conversions_cost_stays_float(body, lo
     losing = {node.op for node in model.graph.nodes if id(node) in found}
     assert ("MaxPool" in losing) == (lost > 0 and body.startswith(SILU))
     assert not losing & {"Conv", "MatMul"}
+
+
+ELU = f"e = Elu(x) q = {POOL}(e)"
+
+
+@pytest.mark.parametrize(
+    ("readers", "integers"), [(f"p = {CONV}(q, w, b)", True), (f"c = {CONV}(q, w, b) p = Mod<fmod=1>(c, q)", False)]
+)
+def test_a_q_behind_a_float_pool_moves_before_it_where_nothing_else_reads_it(readers, integers):
+    model = model_with(f"{ELU} {readers}")
+    infer_shapes(model.graph)
+    samples = [{"x": np.random.default_rng(0).normal(size=(1, 16, 8, 8)).astype(np.float32)}]
+    excluded = "exclude_ops=GlobalAveragePool+MatMul"
+    result = graphopt.optimize(
+        model, f"calibrate:method=minmax,qdq:small_islands=true:{excluded}", data=samples, verify=False
+    )
+    graph = optimized_graph(result.model)
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    (pool,) = [node for node in graph.node if node.op_type == "MaxPool"]
+    assert (makers[pool.input[0]] == "QuantizeLinear") == integers
+
+
+@pytest.mark.parametrize(
+    ("readers", "stays"), [(f"p = {CONV}(q, w, b)", True), (f"c = {CONV}(q, w, b) p = Mod<fmod=1>(c, q)", False)]
+)
+def test_what_such_a_pool_loses_counts_against_the_operators_behind_it(readers, stays):
+    model = model_with(f"{ELU} {readers}")
+    infer_shapes(model.graph)
+    costs = Costs(
+        saved_ns_per_mac={"Conv": 1.0},
+        border_ns=10,
+        border_ns_per_element=0.0,
+        saved_ns_and_per_value={CHANNELS_FIRST_POOL: (0, -10_000)},
+    )
+    found = too_small(model.graph, [place(model.graph, ORT_CPU)], costs)
+    assert ("Conv" in {node.op for node in model.graph.nodes if id(node) in found}) == stays

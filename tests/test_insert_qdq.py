@@ -1,5 +1,6 @@
 """Q/DQ pairs as they stand in the file, and that the result computes what the float graph does."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -453,3 +454,46 @@ def test_a_conv_that_is_excluded_between_int8_convs_runs_in_float(middle, exclud
     ran = optimized_ops(proto)
     assert (ran["QLinearConv"], ran["Conv"] + ran["FusedConv"]) == ((2, 1) if excluded else (3, 0))
     assert ran["DequantizeLinear"] == (2 if excluded or "Tanh" in middle else 1)
+
+
+@pytest.mark.parametrize("function", ["Relu(a)", "Clip(a, zero, six)"])
+@pytest.mark.parametrize(("sizes", "pairs"), [("28,32", 3), ("2,28,32", 4), ("N,28,32", 2)])
+def test_a_bias_and_an_activation_behind_a_product_become_part_of_it(function, sizes, pairs):
+    """As in the feed-forward part of a transformer; of open sizes onnxruntime fuses no bias into a stack."""
+    open_sizes = sizes.replace("32", "16")
+    text = f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[{sizes}] x) => (float[{open_sizes}] y)
+        <float[32,64] w, float[64] b, float[64,16] v, float[16] c, float zero = {{0}}, float six = {{6}}>
+        {{ m = MatMul(x, w)  a = Add(m, b)  r = {function}  n = MatMul(r, v)  y = Add(n, c) }}
+    """
+    values = np.random.default_rng(0).standard_normal((4, 2, 28, 32)).astype(np.float32)
+    feeds = [{"x": each[0] if sizes == "28,32" else each} for each in values]
+    result = graphopt.optimize(model_of(text), "calibrate:method=minmax,qdq:small_islands=true", data=feeds)
+    written = Counter(node.op_type for node in result.model.graph.node)
+    ran = optimized_ops(result.model)
+    assert written["QuantizeLinear"] == pairs
+    assert not ran["Gemm"] and not ran["MatMul"]
+    assert ran["QGemm"] == (0 if "N" in sizes else 2)
+    stripped = graphopt.optimize(result.model, "strip-qdq", verify=False).model
+    assert Counter(node.op_type for node in stripped.graph.node) == Counter(
+        node.op_type for node in model_of(text).graph.node
+    )
+
+
+def test_between_integers_of_16_bits_an_activation_has_one_pair():
+    """No kernel takes them, so each pair would run."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]> g (float[2,28,32] x) => (float[2,28,64] y)
+        <float[32,64] w, float[64] b> { m = MatMul(x, w)  a = Add(m, b)  y = Relu(a) }
+    """
+    feeds = [{"x": np.random.default_rng(0).standard_normal((2, 28, 32)).astype(np.float32)}]
+    counts = {
+        bits: graphopt.optimize(
+            model_of(text), f"calibrate:method=minmax,qdq:small_islands=true:activations={bits}", data=feeds
+        ).model
+        for bits in ("uint8", "uint16")
+    }
+    written = {bits: Counter(node.op_type for node in model.graph.node) for bits, model in counts.items()}
+    assert written["uint8"]["QuantizeLinear"] == 3
+    assert written["uint16"]["QuantizeLinear"] == 2
