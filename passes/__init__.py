@@ -33,6 +33,7 @@ from graphopt.passes.refit import Refit
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
+from graphopt.passes.remove_invariant_states import RemoveInvariantStates
 from graphopt.passes.replace_concat import ReplaceConcat
 from graphopt.passes.replace_sum import ReplaceSum
 from graphopt.passes.strip_qdq import StripQdq
@@ -62,6 +63,7 @@ __all__ = [
     "RemoveDeadNodes",
     "RemoveDefaultInputs",
     "RemoveIdentities",
+    "RemoveInvariantStates",
     "ReplaceConcat",
     "ReplaceSum",
     "StripQdq",

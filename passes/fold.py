@@ -33,6 +33,7 @@ from graphopt.passes.merge_transposes import MergeTransposes
 from graphopt.passes.remove_dead_nodes import RemoveDeadNodes
 from graphopt.passes.remove_default_inputs import RemoveDefaultInputs
 from graphopt.passes.remove_identities import RemoveIdentities
+from graphopt.passes.remove_invariant_states import RemoveInvariantStates
 from graphopt.passes.replace_concat import ReplaceConcat
 from graphopt.passes.replace_sum import ReplaceSum
 from graphopt.shapes import infer_shapes, is_name
@@ -78,6 +79,7 @@ MEMBERS: tuple[type[Pass], ...] = (
     ForgetUnknownSizes,
     InlineFunctions,
     RemoveIdentities,
+    RemoveInvariantStates,
     FoldConstants,
     RemoveDefaultInputs,
     ReplaceConcat,
