@@ -30,7 +30,7 @@ from graphopt.graph import all_graphs, present, producer
 from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
-from graphopt.targets import CHANNELS_FIRST_POOL, DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, Costs
+from graphopt.targets import CHANNELS_FIRST_POOL, DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, OF_ACTIVATIONS, Costs
 from graphopt.weights import is_weight
 
 _FEW_ROWS = 16
@@ -259,12 +259,11 @@ class _Trade:
 
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)
-        if macs:
-            saved = macs * self.costs.saved_ns_per_mac.get(self._kind(node, macs), 0.0)
-            return saved - _copies(node, macs) * self.costs.copied_ns
-        fixed, per_value = self.costs.saved_ns_and_per_value.get(self._kind(node, macs), (0.0, 0.0))
+        kind = self._kind(node, macs)
+        saved = macs * self.costs.saved_ns_per_mac.get(kind, 0.0) - _copies(node, macs) * self.costs.copied_ns
+        fixed, per_value = self.costs.saved_ns_and_per_value.get(kind, (0.0, 0.0))
         size = self._size_of_result(node)
-        return 0.0 if size is None else fixed + per_value * size
+        return saved if size is None else saved + fixed + per_value * size
 
     def _kind(self, node: gs.Node, macs: float) -> str:
         return CHANNELS_FIRST_POOL if id(node) in self.channels_first else _kind(node, macs)
@@ -333,6 +332,8 @@ def _kind(node: gs.Node, macs: float) -> str:
     if op == "Softmax":
         shape, axis = node.inputs[0].shape, node.attrs.get("axis", -1)
         return op if shape is None or axis % len(shape) == len(shape) - 1 else INNER_SOFTMAX
+    if op == "MatMul" and not is_weight(node.inputs[1]):
+        return OF_ACTIVATIONS
     if op in ("Gemm", "MatMul") and is_weight(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
         return FEW_ROWS
     return op

@@ -19,7 +19,7 @@ from graphopt.model_io import load_model
 from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
 from graphopt.shapes import infer_shapes
-from graphopt.targets import DEPTHWISE, INNER_SOFTMAX, Costs
+from graphopt.targets import DEPTHWISE, INNER_SOFTMAX, OF_ACTIVATIONS, Costs
 from graphopt.targets.ort_cpu import ORT_CPU
 
 TWO_ISLANDS = f"c = {CONV}(x, w, b) t = Tanh(c) d = {CONV}(t, w, b) r = Relu(d) y = {CONV}(r, w, b)"
@@ -104,6 +104,23 @@ def test_a_conv_of_few_channels_loses_what_its_copies_cost(channels, outputs, ke
     infer_shapes(graph)
     costs = replace(COSTS, border_ns=0, copied_ns=1.0)
     assert bool(too_small(graph, place_all(graph, ORT_CPU), costs)) == stays
+
+
+@pytest.mark.parametrize(("fixed", "per_mac", "stays"), [(-1000, 0.0, False), (-7000, 0.0, True), (-7000, 1.0, False)])
+def test_a_product_of_two_activations_has_costs_of_its_own(fixed, per_mac, stays):
+    """8,192 MACs between products by weights; where they are float, a conversion of 1 us stands at each end."""
+    body = "q = MatMul(x, p) k = MatMul(x, r) t = Transpose<perm=[1,0]>(k) a = MatMul(q, t) y = MatMul(a, m)"
+    weights = "float[8,8] p, float[8,8] r, float[32,8] m"
+    graph = graph_of(body, inputs="float[32,8] x", outputs="float[32,8] y", weights=weights)
+    costs = replace(
+        COSTS,
+        saved_ns_per_mac={"MatMul": 10.0, OF_ACTIVATIONS: per_mac},
+        saved_ns_and_per_value={OF_ACTIVATIONS: (fixed, 0)},
+    )
+    losing = too_small(graph, place_all(graph, ORT_CPU), costs)
+    assert {node.outputs[0].name for node in graph.nodes if id(node) in losing and node.op == "MatMul"} == (
+        {"a"} if stays else set()
+    )
 
 
 @pytest.mark.parametrize(("axis", "kept"), [(1, True), (-2, True), (2, True), (3, False), (-1, False)])

@@ -81,7 +81,7 @@ class Rule:
 
 
 DEPTHWISE, FEW_ROWS, INNER_SOFTMAX = "depthwise Conv", "product of few rows", "Softmax of an inner axis"
-CHANNELS_FIRST_POOL = "MaxPool of channels that come first"
+OF_ACTIVATIONS, CHANNELS_FIRST_POOL = "MatMul of two activations", "MaxPool of channels that come first"
 """Kinds of operators in `Costs`, beside operator types."""
 
 
@@ -92,10 +92,10 @@ class Costs:
     Attributes:
         saved_ns_per_mac: by operator type, for sums over many channels; depthwise Convs are a kind of their own
             (`DEPTHWISE`), and so are products of at most 16 rows by a constant (`FEW_ROWS`), where little is done with
-            each weight that is read. Negative where int8 is slower.
-        saved_ns_and_per_value: by operator type, of others with an int8 kernel that is faster or slower: once, and for
-            each value of the output. A Softmax that is not of the last axis is a kind of its own (`INNER_SOFTMAX`), and
-            so is a MaxPool where int8 Convs leave the channels first (`CHANNELS_FIRST_POOL`).
+            each weight that is read, and products of two activations (`OF_ACTIVATIONS`). Negative where int8 is slower.
+        saved_ns_and_per_value: by operator type, what the int8 kernel saves besides: once, and for each value of the
+            output. A Softmax that is not of the last axis is a kind of its own (`INNER_SOFTMAX`), and so is a MaxPool
+            where int8 Convs leave the channels first (`CHANNELS_FIRST_POOL`).
         fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
         copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
             they read copies, of so few values at a time that to copy takes longer than to compute.
