@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,9 @@ def optimize(
     if verify and _quantized(pipeline, result):
         input_shapes = None if context.samples is None else context.samples.first_shapes()
         result.report.lint = lint_model(result.optimized, context.target, input_shapes)
-        result.report.warnings += _lint_warnings(result.report)
+        failed = result.report.lint.errors
+        before = lint_model(float_model, context.target, input_shapes).errors if failed else frozenset()
+        result.report.warnings += _lint_warnings(result.report, failed & before)
     result.report.warnings[:0] = [*_data_warnings(pipeline, context, result.report.check), *other_model]
     return result
 
@@ -368,11 +370,13 @@ def _quantized(pipeline: Sequence[Pass], result: Result) -> bool:
     )
 
 
-def _lint_warnings(report: Report) -> list[str]:
-    """What is wrong with a quantized result, with the advice."""
+def _lint_warnings(report: Report, inherited: Collection[str] = ()) -> list[str]:
+    """What is wrong with a quantized result, with the advice; `inherited` rules are broken by the float model too."""
     assert report.lint is not None
     advice = "graphopt lint lists what to mend"
     warnings = [f"lint: {report.lint.verdict}; {advice}"] if report.lint.failed else []
+    if inherited:
+        warnings[0] += f" (the float model breaks {' and '.join(sorted(inherited))} as well)"
     if report.check is not None and report.check.is_slower:
         assert report.check.speedup is not None
         slower = f"int8 is slower than float on this machine ({1 / report.check.speedup:.2f} x the time)"

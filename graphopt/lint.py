@@ -32,9 +32,14 @@ class LintReport:
         return sum(finding.severity is severity for finding in self.findings)
 
     @property
+    def errors(self) -> frozenset[str]:
+        """The ids of the rules of severity error that are broken."""
+        return frozenset(finding.rule for finding in self.findings if finding.severity is Severity.ERROR)
+
+    @property
     def failed(self) -> bool:
         """Whether a rule of severity error is broken."""
-        return self.count(Severity.ERROR) > 0
+        return bool(self.errors)
 
     @property
     def verdict(self) -> str:

@@ -63,6 +63,23 @@ def test_what_the_compiler_says_becomes_findings_and_figures(monkeypatch):
         assert report.failed == (share is None)
 
 
+@pytest.mark.parametrize(("least", "told"), [(0, True), (1, False)])
+def test_optimize_says_whether_the_float_model_is_refused_too(monkeypatch, least, told):
+    def refuse(model, input_shapes):
+        if sum(node.op == "QuantizeLinear" for node in model.graph.nodes) >= least:
+            raise ModelError("it is too good")
+        return TensorRTProof(frozenset(), frozenset())
+
+    monkeypatch.setattr(tensorrt_build, "has_compiler", lambda: True)
+    monkeypatch.setattr(tensorrt_build, "compiler_name", lambda: "TensorRT 0")
+    monkeypatch.setattr(tensorrt_build, "prove", refuse)
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[1,16,8,8] x) => (float[1,16,6,6] y)
+        <float[16,16,3,3] w> { y = Conv(x, w) }"""
+    result = graphopt.optimize(model_of(text), "calibrate:method=minmax,qdq", target="tensorrt")
+    (warning,) = [each for each in result.report.warnings if each.startswith("lint: 1 error")]
+    assert ("(the float model breaks TRT031 as well)" in warning) == told
+
+
 @compiled
 def test_a_conv_with_pairs_on_both_inputs_runs_in_int8_and_one_without_in_float():
     assert operators_in(model_with(GOOD), "in_int8") == {"Conv"}
