@@ -16,7 +16,8 @@ Sizes that a declaration leaves open:
   - any other size, such as the length of a sequence, is 16
   - equal names have equal sizes, and a name that is a first dimension anywhere is 1
 A model may want other sizes (a multiple of 256, a second of sound, more than one frame along the first dimension); with
-`runnable`, a list of them is tried in turn.
+`runnable`, a list of them is tried in turn. Integers that come one for each sample, or one for all, are also tried as
+the lengths of sequences: the largest open size behind the first.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ class _Sizes(NamedTuple):
     image: int
     other: int
     first: int = 1
+
+
+class _Choice(NamedTuple):
+    """What all feeds have in common."""
+
+    shapes: Sequence[tuple[int, ...]]
+    lengths: bool = False  # whether integers that may be lengths are
 
 
 _IMAGE_RANK = 4
@@ -64,7 +72,7 @@ def synthetic_samples(
     """`count` made-up feeds; feed number i depends on nothing but `inputs`, `seed`, i and the sizes chosen.
 
     Without `runnable` the sizes are those of the module docstring; with it, the first of a short list of
-    sizes whose feed it accepts: the first of `candidate_shapes`.
+    sizes whose feed it accepts, of `candidate_shapes`, each with integers of 0 and 1 before those that are lengths.
 
     Raises:
         DataError: `count` is less than 1, or `runnable` accepts none of the sizes.
@@ -73,10 +81,10 @@ def synthetic_samples(
     if count < 1:
         raise DataError(f"the number of samples must be at least 1, not {count}")
     candidates = candidate_shapes(inputs, required)
-    shapes = _runnable_shapes(inputs, candidates, seed, runnable) if runnable else candidates[0]
+    choice = _runnable_choice(inputs, candidates, seed, runnable) if runnable else _Choice(candidates[0])
 
     def start() -> Iterator[Feed]:
-        return (_feed(inputs, shapes, seed, index) for index in range(count))
+        return (_feed(inputs, choice, seed, index) for index in range(count))
 
     return Samples(start, f"synthetic, floats N(0, 1), seed {seed}", count, synthetic=True)
 
@@ -98,15 +106,16 @@ def candidate_shapes(inputs: Sequence[InputSpec], required: Sequence[InputSpec] 
     return distinct
 
 
-def _runnable_shapes(
+def _runnable_choice(
     inputs: Sequence[InputSpec],
     candidates: Sequence[list[tuple[int, ...]]],
     seed: int,
     runnable: Callable[[Feed], bool],
-) -> list[tuple[int, ...]]:
-    for shapes in candidates:
-        if runnable(_feed(inputs, shapes, seed, 0)):
-            return shapes
+) -> _Choice:
+    with_lengths = (False, True) if any(map(_may_be_length, inputs)) else (False,)
+    for choice in (_Choice(shapes, lengths) for shapes in candidates for lengths in with_lengths):
+        if runnable(_feed(inputs, choice, seed, 0)):
+            return choice
     texts = "; ".join(
         ", ".join(f"'{spec.name}' {list(shape)}" for spec, shape in zip(inputs, shapes, strict=True))
         for shapes in candidates
@@ -142,9 +151,27 @@ def _is_recurrent_state(declared: tuple[Dimension, ...]) -> bool:
     return len(fixed) == 3 and (fixed[0] or 0) > 1 and fixed[1] is None and fixed[2] is not None
 
 
-def _feed(inputs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]], seed: int, index: int) -> Feed:
+def _may_be_length(spec: InputSpec) -> bool:
+    return spec.dtype.kind in "iu" and len(spec.shape) < 2
+
+
+def _feed(inputs: Sequence[InputSpec], choice: _Choice, seed: int, index: int) -> Feed:
     generator = np.random.default_rng((seed, index))
-    return {spec.name: _values(spec.dtype, shape, generator) for spec, shape in zip(inputs, shapes, strict=True)}
+    made_up = {
+        spec.name: _values(spec.dtype, shape, generator) for spec, shape in zip(inputs, choice.shapes, strict=True)
+    }
+    if choice.lengths:
+        length = _longest(inputs, choice.shapes)
+        made_up |= {spec.name: np.full_like(made_up[spec.name], length) for spec in inputs if _may_be_length(spec)}
+    return made_up
+
+
+def _longest(inputs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]]) -> int:
+    """The largest size behind a first axis that the declarations leave open; 1 where none is."""
+    pairs = [
+        pair for spec, shape in zip(inputs, shapes, strict=True) for pair in zip(spec.shape[1:], shape[1:], strict=True)
+    ]
+    return max((size for declared, size in pairs if fixed_size(declared) is None), default=1)
 
 
 def _values(dtype: np.dtype[Any], shape: tuple[int, ...], generator: np.random.Generator) -> Array:
