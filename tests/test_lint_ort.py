@@ -176,6 +176,16 @@ def test_the_operator_that_a_reason_is_given_for_is_in_float_in_the_optimized_gr
     assert after[op] or after[f"Fused{op}"], after
 
 
+@pytest.mark.parametrize("target", [X86, ARM])
+def test_a_relu_that_hides_the_q_of_a_stack_with_a_bias_is_named(target):
+    stack = f"{X} v = DequantizeLinear(m, s, z) c = MatMul(x_d, v) a = Add(c, s4)"
+    behind = f"{stack} r = Relu(a) {pair('r', 'u', to='y')}"
+    around = f"{stack} {pair('a', 'u')} r = Relu(a_d) {pair('r', 'u', to='y')}"
+    (found,) = [each for each in report_on(behind, target=target).findings if each.rule == "ORT015"]
+    assert "put a pair before the Relu too" in found.message
+    assert "ORT015" not in broken(around, target=target)
+
+
 def test_onnxruntime_gets_scales_along_input_channels_wrong():
     model = model_with(CASES["ORT022"][0])
     scales = np.linspace(0.001, 0.05, 16).astype(np.float32)

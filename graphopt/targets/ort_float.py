@@ -256,10 +256,24 @@ def _activation_stays(group: Group) -> str | None:
         return None
     lowest = int(np.iinfo(dtype).min)
     if int(np.max(group.quantizer.zero_point)) == lowest:
-        return None
+        return _activation_hides_quantizer(group)
     return (
         f"the {group.activation.op} behind it stays, since the zero point of {group.quantizer.label} is not {lowest}, "
         f"the lowest {dtype.name}: quantize asymmetrically"
+    )
+
+
+def _activation_hides_quantizer(group: Group) -> str | None:
+    """Why a stack of matrices times a matrix plus a bias, which becomes Reshape, Gemm, Reshape, finds no Q."""
+    assert group.activation is not None
+    shape, has_bias = group.node.inputs[0].shape, group.activation.inputs[0] is not group.node.outputs[0]
+    if group.node.op != "MatMul" or not has_bias or shape is None or len(shape) < 3:
+        return None
+    if not all(isinstance(size, int) for size in shape):
+        return None
+    return (
+        f"onnxruntime makes a Gemm of it and its bias, with a Reshape behind, and looks for the Q before it drops the "
+        f"{group.activation.op}: put a pair before the {group.activation.op} too"
     )
 
 
