@@ -236,7 +236,7 @@ class _Trade:
     def _pool_behind_q(self, link: Link) -> float | None:
         """What a MaxPool in float loses where only int8 operators read it: onnxruntime moves their Q before it."""
         maker = producer(link.tensor) if link.computed_by is None else link.computed_by
-        if maker is None or maker.op != "MaxPool" or link.is_read_in_float:
+        if id(maker) not in self.channels_first or link.is_read_in_float:
             return 0.0
         saved, saved_per_value = self.costs.saved_ns_and_per_value.get(CHANNELS_FIRST_POOL, (0.0, 0.0))
         return self._for_each(link.tensor, -saved, -saved_per_value)

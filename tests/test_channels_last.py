@@ -40,9 +40,8 @@ CASES = [
 
 def model_with(body, channels=16):
     """A net whose tensor p goes on to a matrix product, so that it is wanted in int8."""
-    weights = (
-        f"float[16,16,3,3] w, float[16] b, float two = {{2}}, int64[4] known = {{1, 16, 2, 8}}, float[{channels},4] k"
-    )
+    shapes = "int64[4] known = {1, 16, 2, 8}, int64[4] four = {1, 16, 4, 16}"
+    weights = f"float[16,16,3,3] w, float[16] b, float two = {{2}}, {shapes}, float[{channels},4] k"
     return load_model(
         model_of(
             f"""<ir_version: 8, opset_import: ["" : 14]> g (float[1,16,8,8] x) => (float[1,4] y) <{weights}>
@@ -117,3 +116,27 @@ def test_what_such_a_pool_loses_counts_against_the_operators_behind_it(readers, 
     )
     found = too_small(model.graph, [place(model.graph, ORT_CPU)], costs)
     assert ("Conv" in {node.op for node in model.graph.nodes if id(node) in found}) == stays
+
+
+A = f"a = {CONV}(x, w, b)"
+
+
+@pytest.mark.parametrize(
+    ("before", "first"),
+    [
+        ("e = Elu(x)", True),
+        (f"{A} e = Elu(a)", False),
+        (f"{A} t = Tanh(a) u = Sub(t, two) e = Elu(u)", False),
+        (f"{A} v = Reshape(a, four) e = Elu(v)", True),
+    ],
+)
+def test_behind_an_int8_conv_such_a_pool_has_its_channels_last(before, first):
+    model = model_with(f"{before} q = {POOL}(e) p = {CONV}(q, w, b)")
+    infer_shapes(model.graph)
+    (pool,) = [node for node in model.graph.nodes if node.op == "MaxPool"]
+    assert pools_with_channels_first(place(model.graph, ORT_CPU)) == ({id(pool)} if first else set())
+
+    samples = [{"x": np.random.default_rng(0).normal(size=(1, 16, 8, 8)).astype(np.float32)}]
+    result = graphopt.optimize(model, "calibrate:method=minmax,qdq:small_islands=true", data=samples, verify=False)
+    ran = optimized_ops(result.model)
+    assert (ran["MaxPool"], ran["NhwcMaxPool"]) == ((1, 0) if first else (0, 1))
