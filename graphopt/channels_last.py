@@ -11,7 +11,7 @@ unless an int8 Conv is before it, with nothing but elementwise operators and the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 
 import onnx_graphsurgeon as gs
 
@@ -25,7 +25,7 @@ _MIX_AXES = ("Reshape", "Flatten", "Expand", "DepthToSpace")  # no Transpose mov
 
 def pools_with_channels_first(placement: Placement) -> frozenset[int]:
     """The ids of the MaxPools of a graph that run on channels that come first, if they run on integers."""
-    kept = {id(node): node for node in placement.nodes}
+    kept = set(map(id, placement.nodes))
     pools = [node for node in placement.graph.nodes if node.op == "MaxPool"]
     last = _with_channels_last(placement, kept) if pools else frozenset()
     in_float = [node for node in pools if id(node) not in kept and not _is_behind_conv(node, kept)]
@@ -33,7 +33,7 @@ def pools_with_channels_first(placement: Placement) -> frozenset[int]:
     return frozenset(map(id, (*in_float, *in_int8)))
 
 
-def _with_channels_last(placement: Placement, kept: Collection[int]) -> frozenset[int]:
+def _with_channels_last(placement: Placement, kept: Set[int]) -> frozenset[int]:
     """The ids of the operators of a placement whose results have their channels last."""
     nodes = [node for node in placement.graph.nodes if id(node) in kept]
     rescaled = {id(each.tensor) for each, _ in placement.rescaled}
@@ -56,7 +56,7 @@ def _with_channels_last(placement: Placement, kept: Collection[int]) -> frozense
     return frozenset(last)
 
 
-def _is_behind_conv(node: gs.Node, kept: Collection[int]) -> bool:
+def _is_behind_conv(node: gs.Node, kept: Set[int]) -> bool:
     """Whether an int8 Conv is before a node, and nothing that works in one layout only between them."""
     pending, seen = [node], {id(node)}
     while pending:

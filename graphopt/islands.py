@@ -30,7 +30,7 @@ from graphopt.graph import all_graphs, present, producer
 from graphopt.macs import count_macs, macs_with_weight
 from graphopt.placement import Placement
 from graphopt.sizes import Shape, at_sizes, fixed_shape
-from graphopt.targets import CHANNELS_FIRST_POOL, DEPTHWISE, FEW_ROWS, INNER_SOFTMAX, OF_ACTIVATIONS, Costs
+from graphopt.targets import Costs, Kind
 from graphopt.weights import is_weight
 
 _FEW_ROWS = 16
@@ -66,7 +66,6 @@ class Link:
         computed_by: the operator; None: it comes from the float graph.
         users: operators that read its integers.
         is_read_in_float: others read it too.
-        is_of_conv: a Conv computes it, whether in int8 or in float.
         is_read_by_float_conv: a Conv is among the others that read it.
     """
 
@@ -74,8 +73,17 @@ class Link:
     computed_by: gs.Node | None
     users: tuple[gs.Node, ...]
     is_read_in_float: bool
-    is_of_conv: bool
     is_read_by_float_conv: bool
+
+    @property
+    def maker(self) -> gs.Node | None:
+        """The operator that computes it, whether in int8 or in float."""
+        return producer(self.tensor) if self.computed_by is None else self.computed_by
+
+    @property
+    def is_of_conv(self) -> bool:
+        """Whether a Conv computes it."""
+        return self.maker is not None and self.maker.op == "Conv"
 
     @property
     def members(self) -> tuple[gs.Node, ...]:
@@ -128,14 +136,12 @@ def _links(placement: Placement, kept: Mapping[int, gs.Node]) -> Iterator[Link]:
     for tensor, computed_by, others in quantized:
         users = {id(node): node for node in (*others, *tensor.outputs) if id(node) in kept and node is not computed_by}
         in_float = [node for node in tensor.outputs if id(node) not in kept]
-        before = producer(tensor) if computed_by is None else computed_by
         if users or computed_by is not None:
             yield Link(
                 tensor,
                 computed_by,
                 tuple(users.values()),
                 is_read_in_float=id(tensor) in outputs or bool(in_float),
-                is_of_conv=before is not None and before.op == "Conv",
                 is_read_by_float_conv=any(node.op == "Conv" for node in in_float),
             )
 
@@ -235,10 +241,9 @@ class _Trade:
 
     def _pool_behind_q(self, link: Link) -> float | None:
         """What a MaxPool in float loses where only int8 operators read it: onnxruntime moves their Q before it."""
-        maker = producer(link.tensor) if link.computed_by is None else link.computed_by
-        if id(maker) not in self.channels_first or link.is_read_in_float:
+        if id(link.maker) not in self.channels_first or link.is_read_in_float:
             return 0.0
-        saved, saved_per_value = self.costs.saved_ns_and_per_value.get(CHANNELS_FIRST_POOL, (0.0, 0.0))
+        saved, saved_per_value = self.costs.saved_ns_and_per_value.get(Kind.CHANNELS_FIRST_POOL, (0.0, 0.0))
         return self._for_each(link.tensor, -saved, -saved_per_value)
 
     def _spent(self, island: Island, int8: Collection[int]) -> float:
@@ -259,14 +264,11 @@ class _Trade:
 
     def _saving(self, node: gs.Node) -> float:
         macs = self._macs(node)
-        kind = self._kind(node, macs)
+        kind = Kind.CHANNELS_FIRST_POOL if id(node) in self.channels_first else _kind(node, macs)
         saved = macs * self.costs.saved_ns_per_mac.get(kind, 0.0) - _copies(node, macs) * self.costs.copied_ns
         fixed, per_value = self.costs.saved_ns_and_per_value.get(kind, (0.0, 0.0))
         size = self._size_of_result(node)
         return saved if size is None else saved + fixed + per_value * size
-
-    def _kind(self, node: gs.Node, macs: float) -> str:
-        return CHANNELS_FIRST_POOL if id(node) in self.channels_first else _kind(node, macs)
 
     def _fused_behind(self, island: Island) -> dict[int, int | str]:
         """By id of an operator that is part of a float one before it, what must be in int8 for it to save anything."""
@@ -328,12 +330,12 @@ def _kind(node: gs.Node, macs: float) -> str:
     """What an operator is called in a table of costs."""
     op: str = node.op
     if is_depthwise(node):
-        return DEPTHWISE
+        return Kind.DEPTHWISE
     if op == "Softmax":
         shape, axis = node.inputs[0].shape, node.attrs.get("axis", -1)
-        return op if shape is None or axis % len(shape) == len(shape) - 1 else INNER_SOFTMAX
+        return op if shape is None or axis % len(shape) == len(shape) - 1 else Kind.INNER_SOFTMAX
     if op == "MatMul" and not is_weight(node.inputs[1]):
-        return OF_ACTIVATIONS
+        return Kind.OF_ACTIVATIONS
     if op in ("Gemm", "MatMul") and is_weight(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
-        return FEW_ROWS
+        return Kind.FEW_ROWS
     return op

@@ -43,7 +43,7 @@ class _Choice(NamedTuple):
     """What all feeds have in common."""
 
     shapes: Sequence[tuple[int, ...]]
-    lengths: bool = False  # whether integers that may be lengths are
+    length: int | None = None  # what integers that may be lengths are; None: 0 or 1
 
 
 _IMAGE_RANK = 4
@@ -112,10 +112,11 @@ def _runnable_choice(
     seed: int,
     runnable: Callable[[Feed], bool],
 ) -> _Choice:
-    with_lengths = (False, True) if any(map(_may_be_length, inputs)) else (False,)
-    for choice in (_Choice(shapes, lengths) for shapes in candidates for lengths in with_lengths):
-        if runnable(_feed(inputs, choice, seed, 0)):
-            return choice
+    has_lengths = any(map(_may_be_length, inputs))
+    for shapes in candidates:
+        for length in (None, _longest(inputs, shapes)) if has_lengths else (None,):
+            if runnable(_feed(inputs, choice := _Choice(shapes, length), seed, 0)):
+                return choice
     texts = "; ".join(
         ", ".join(f"'{spec.name}' {list(shape)}" for spec, shape in zip(inputs, shapes, strict=True))
         for shapes in candidates
@@ -160,9 +161,9 @@ def _feed(inputs: Sequence[InputSpec], choice: _Choice, seed: int, index: int) -
     made_up = {
         spec.name: _values(spec.dtype, shape, generator) for spec, shape in zip(inputs, choice.shapes, strict=True)
     }
-    if choice.lengths:
-        length = _longest(inputs, choice.shapes)
-        made_up |= {spec.name: np.full_like(made_up[spec.name], length) for spec in inputs if _may_be_length(spec)}
+    if choice.length is not None:
+        lengths = [spec.name for spec in inputs if _may_be_length(spec)]
+        made_up |= {name: np.full_like(made_up[name], choice.length) for name in lengths}
     return made_up
 
 

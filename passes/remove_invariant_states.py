@@ -13,7 +13,7 @@ node has no other result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,13 +35,13 @@ class RemoveInvariantStates(Pass):
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Remove them in `graph` and the graphs in it; `parts` counts by operator."""
         parts: dict[str, int] = {}
-        names = Names(graph)
+        names, named = Names(graph), named_tensors(graph)
         for each in list(all_graphs(graph)):  # outermost first: what is read from outside then is no state any more
             nodes: list[gs.Node] = []
             for node in each.nodes:
                 nodes.append(node)
                 if invariant := _invariant_states(node, each.opset):
-                    nodes += _remove(node, invariant, graph, names)
+                    nodes += _remove(node, invariant, names, named)
                     parts[node.op] = parts.get(node.op, 0) + len(invariant)
             each.nodes[:] = nodes
         return PassResult(rewrites=sum(parts.values()), parts=parts)
@@ -107,7 +107,7 @@ def _names_in(body: gs.Graph) -> dict[str, set[int]]:
     return found
 
 
-def _remove(node: gs.Node, states: Sequence[_State], root: gs.Graph, names: Names) -> list[gs.Node]:
+def _remove(node: gs.Node, states: Sequence[_State], names: Names, named: Set[int]) -> list[gs.Node]:
     """Take states out of a node and its body; return Identities for results whose names must stay."""
     body = node.attrs["body"]
     initial = {state.result: node.inputs[state.given] for state in states}
@@ -120,7 +120,7 @@ def _remove(node: gs.Node, states: Sequence[_State], root: gs.Graph, names: Name
     disconnect(node)
     node.inputs.extend(inputs)
     node.outputs.extend(outputs)
-    named, identities = named_tensors(root), []
+    identities = []
     for result, value in results:
         replace_uses(result, value)
         if id(result) in named:

@@ -234,8 +234,7 @@ class _Stripping:
         low, high = ends_of(quantizer)
         changes = bool(np.any(factor != 1) or np.any(shift != 0))
         if self.clips is not Clips.ALL and not (changes and 0 in (low, high)):
-            meant = not _is_before_activations(dequantizer)
-            low, high = self._meant_ends(quantizer, low, high) if meant else (None, None)
+            low, high = self._meant_ends(quantizer, dequantizer, low, high)
         if quantizer.is_per_tensor and (low is not None or high is not None):
             values = self._clip(graph, quantizer, low, high)
         else:
@@ -249,10 +248,12 @@ class _Stripping:
         return values
 
     def _meant_ends(
-        self, quantizer: Quantizer, low: float | None, high: float | None
+        self, quantizer: Quantizer, dequantizer: Quantizer, low: float | None, high: float | None
     ) -> tuple[float | None, float | None]:
         """Of the ends of a range, those that stand for an activation function."""
-        if self.clips is Clips.NONE or 0 not in (low, high) or _needs_no_activation(quantizer.data, low):
+        if self.clips is Clips.NONE or 0 not in (low, high):
+            return None, None
+        if _needs_no_activation(quantizer.data, low) or _is_before_activations(dequantizer):
             return None, None
         if self.clips is Clips.AUTO:
             return low, high

@@ -12,7 +12,7 @@ from graphopt.model_io import load_model
 from graphopt.placement import place
 from graphopt.runtime import optimized_graph, optimized_ops
 from graphopt.shapes import infer_shapes
-from graphopt.targets import CHANNELS_FIRST_POOL, FEW_ROWS, Costs
+from graphopt.targets import Costs, Kind
 from graphopt.targets.ort_cpu import ORT_CPU
 
 POOL = "MaxPool<kernel_shape=[2,2], strides=[2,2]>"
@@ -50,6 +50,12 @@ def model_with(body, channels=16):
     )
 
 
+def quantized(model, options=""):
+    feeds = [{"x": each} for each in np.random.default_rng(0).normal(size=(4, 1, 16, 8, 8)).astype(np.float32)]
+    passes = f"calibrate:method=minmax,qdq:small_islands=true{options}"
+    return graphopt.optimize(model, passes, data=feeds, verify=False).model
+
+
 @pytest.mark.parametrize(("body", "first"), CASES)
 def test_what_onnxruntime_runs_with_the_channels_first_is_foretold(body, first):
     model = model_with(body, channels=32 if "Concat" in body else 16)
@@ -59,9 +65,7 @@ def test_what_onnxruntime_runs_with_the_channels_first_is_foretold(body, first):
     assert pools
     assert pools_with_channels_first(placement) == (set(map(id, pools)) if first else set())
 
-    samples = [{"x": each} for each in np.random.default_rng(0).normal(size=(4, 1, 16, 8, 8)).astype(np.float32)]
-    result = graphopt.optimize(model, "calibrate:method=minmax,qdq:small_islands=true", data=samples, verify=False)
-    ran = optimized_ops(result.model)
+    ran = optimized_ops(quantized(model))
     assert (ran["MaxPool"], ran["NhwcMaxPool"]) == ((len(pools), 0) if first else (0, len(pools)))
 
 
@@ -71,10 +75,10 @@ def test_a_pool_that_loses_more_there_than_conversions_cost_stays_float(body, lo
     model = model_with(body)
     infer_shapes(model.graph)
     costs = Costs(
-        saved_ns_per_mac={"Conv": 1.0, FEW_ROWS: 1.0},
+        saved_ns_per_mac={"Conv": 1.0, Kind.FEW_ROWS: 1.0},
         border_ns=10,
         border_ns_per_element=0.0,
-        saved_ns_and_per_value={CHANNELS_FIRST_POOL: (0, -lost)},
+        saved_ns_and_per_value={Kind.CHANNELS_FIRST_POOL: (0, -lost)},
     )
     found = too_small(model.graph, [place(model.graph, ORT_CPU)], costs)
     losing = {node.op for node in model.graph.nodes if id(node) in found}
@@ -89,14 +93,7 @@ ELU = f"e = Elu(x) q = {POOL}(e)"
     ("readers", "integers"), [(f"p = {CONV}(q, w, b)", True), (f"c = {CONV}(q, w, b) p = Mod<fmod=1>(c, q)", False)]
 )
 def test_a_q_behind_a_float_pool_moves_before_it_where_nothing_else_reads_it(readers, integers):
-    model = model_with(f"{ELU} {readers}")
-    infer_shapes(model.graph)
-    samples = [{"x": np.random.default_rng(0).normal(size=(1, 16, 8, 8)).astype(np.float32)}]
-    excluded = "exclude_ops=GlobalAveragePool+MatMul"
-    result = graphopt.optimize(
-        model, f"calibrate:method=minmax,qdq:small_islands=true:{excluded}", data=samples, verify=False
-    )
-    graph = optimized_graph(result.model)
+    graph = optimized_graph(quantized(model_with(f"{ELU} {readers}"), ":exclude_ops=GlobalAveragePool+MatMul"))
     makers = {name: node.op_type for node in graph.node for name in node.output}
     (pool,) = [node for node in graph.node if node.op_type == "MaxPool"]
     assert (makers[pool.input[0]] == "QuantizeLinear") == integers
@@ -112,7 +109,7 @@ def test_what_such_a_pool_loses_counts_against_the_operators_behind_it(readers, 
         saved_ns_per_mac={"Conv": 1.0},
         border_ns=10,
         border_ns_per_element=0.0,
-        saved_ns_and_per_value={CHANNELS_FIRST_POOL: (0, -10_000)},
+        saved_ns_and_per_value={Kind.CHANNELS_FIRST_POOL: (0, -10_000)},
     )
     found = too_small(model.graph, [place(model.graph, ORT_CPU)], costs)
     assert ("Conv" in {node.op for node in model.graph.nodes if id(node) in found}) == stays
@@ -136,7 +133,5 @@ def test_behind_an_int8_conv_such_a_pool_has_its_channels_last(before, first):
     (pool,) = [node for node in model.graph.nodes if node.op == "MaxPool"]
     assert pools_with_channels_first(place(model.graph, ORT_CPU)) == ({id(pool)} if first else set())
 
-    samples = [{"x": np.random.default_rng(0).normal(size=(1, 16, 8, 8)).astype(np.float32)}]
-    result = graphopt.optimize(model, "calibrate:method=minmax,qdq:small_islands=true", data=samples, verify=False)
-    ran = optimized_ops(result.model)
+    ran = optimized_ops(quantized(model))
     assert (ran["MaxPool"], ran["NhwcMaxPool"]) == ((1, 0) if first else (0, 1))

@@ -488,12 +488,7 @@ def test_between_integers_of_16_bits_an_activation_has_one_pair():
         <float[32,64] w, float[64] b> { m = MatMul(x, w)  a = Add(m, b)  y = Relu(a) }
     """
     feeds = [{"x": np.random.default_rng(0).standard_normal((2, 28, 32)).astype(np.float32)}]
-    counts = {
-        bits: graphopt.optimize(
-            model_of(text), f"calibrate:method=minmax,qdq:small_islands=true:activations={bits}", data=feeds
-        ).model
-        for bits in ("uint8", "uint16")
-    }
-    written = {bits: Counter(node.op_type for node in model.graph.node) for bits, model in counts.items()}
-    assert written["uint8"]["QuantizeLinear"] == 3
-    assert written["uint16"]["QuantizeLinear"] == 2
+    for bits, pairs in (("uint8", 3), ("uint16", 2)):
+        passes = f"calibrate:method=minmax,qdq:small_islands=true:activations={bits}"
+        model = graphopt.optimize(model_of(text), passes, data=feeds).model
+        assert Counter(node.op_type for node in model.graph.node)["QuantizeLinear"] == pairs

@@ -19,7 +19,7 @@ from graphopt.model_io import load_model
 from graphopt.placement import place, place_all
 from graphopt.runtime import optimized_ops
 from graphopt.shapes import infer_shapes
-from graphopt.targets import DEPTHWISE, INNER_SOFTMAX, OF_ACTIVATIONS, Costs
+from graphopt.targets import Costs, Kind
 from graphopt.targets.ort_cpu import ORT_CPU
 
 TWO_ISLANDS = f"c = {CONV}(x, w, b) t = Tanh(c) d = {CONV}(t, w, b) r = Relu(d) y = {CONV}(r, w, b)"
@@ -114,8 +114,8 @@ def test_a_product_of_two_activations_has_costs_of_its_own(fixed, per_mac, stays
     graph = graph_of(body, inputs="float[32,8] x", outputs="float[32,8] y", weights=weights)
     costs = replace(
         COSTS,
-        saved_ns_per_mac={"MatMul": 10.0, OF_ACTIVATIONS: per_mac},
-        saved_ns_and_per_value={OF_ACTIVATIONS: (fixed, 0)},
+        saved_ns_per_mac={"MatMul": 10.0, Kind.OF_ACTIVATIONS: per_mac},
+        saved_ns_and_per_value={Kind.OF_ACTIVATIONS: (fixed, 0)},
     )
     losing = too_small(graph, place_all(graph, ORT_CPU), costs)
     assert {node.outputs[0].name for node in graph.nodes if id(node) in losing and node.op == "MatMul"} == (
@@ -128,7 +128,7 @@ def test_a_softmax_of_an_inner_axis_saves_more_than_one_of_the_last(axis, kept):
     """The last Conv saves next to nothing, and a conversion stands behind the first one or behind the last one."""
     body = f"c = {CONV}(x, w, b) s = Softmax<axis={axis}>(c) y = Conv(s, k)"
     graph = graph_of(body, outputs="float[N,1,8,8] y", weights="float[1,16,1,1] k")
-    costs = replace(COSTS, saved_ns_and_per_value={"Softmax": (-100, 0.0), INNER_SOFTMAX: (0.0, 1.0)})
+    costs = replace(COSTS, saved_ns_and_per_value={"Softmax": (-100, 0.0), Kind.INNER_SOFTMAX: (0.0, 1.0)})
     losing = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (4, 16, 8, 8)})
     assert {node.op for node in graph.nodes if id(node) in losing} == (set() if kept else {"Softmax", "Conv"})
 
@@ -137,7 +137,7 @@ def test_a_softmax_of_an_inner_axis_saves_more_than_one_of_the_last(axis, kept):
 def test_a_float_conv_between_int8_ones_costs_two_changes_of_layout(layout, stays):
     body = f"c = {CONV}(x, w, b) d = Conv<pads=[1,1,1,1], group=16>(c, k, b) y = {CONV}(d, w, b)"
     graph = graph_of(body, weights="float[16,1,3,3] k")
-    saved = {"Conv": 0.1, DEPTHWISE: -0.3}  # 59 us for each of the two, and 11 us lost between them
+    saved = {"Conv": 0.1, Kind.DEPTHWISE: -0.3}  # 59 us for each of the two, and 11 us lost between them
     costs = Costs(saved_ns_per_mac=saved, border_ns=5000, border_ns_per_element=0.0, layout_ns=layout)
     losing = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (4, 16, 8, 8)})
     assert {node.outputs[0].name for node in graph.nodes if id(node) in losing} == ({"d"} if stays else set())
@@ -147,7 +147,7 @@ def test_an_island_whose_depthwise_convs_lose_what_the_others_save_is_named():
     body = f"c = {CONV}(x, w, b) d = Conv<pads=[1,1,1,1], group=16>(c, k, b) y = {CONV}(d, w, b)"
     graph = graph_of(body, weights="float[16,1,3,3] k")
     costs = {
-        loss: Costs(saved_ns_per_mac={"Conv": 0.01, DEPTHWISE: -loss}, border_ns=4000, border_ns_per_element=0.0)
+        loss: Costs(saved_ns_per_mac={"Conv": 0.01, Kind.DEPTHWISE: -loss}, border_ns=4000, border_ns_per_element=0.0)
         for loss in (0.0, 0.2)
     }
     placements, shapes = place_all(graph, ORT_CPU), {"x": (4, 16, 8, 8)}
@@ -208,7 +208,7 @@ def test_no_other_choice_saves_more(savings, border, depthwise, layout):
     graph = graph_of(body, outputs=outputs, weights="float[16,1,3,3] k, float[8,8] m")
     placements = place_all(graph, ORT_CPU)
     costs = Costs(
-        saved_ns_per_mac={"Conv": savings[0] / 147456, DEPTHWISE: depthwise / 9216, "MatMul": savings[1] / 8192},
+        saved_ns_per_mac={"Conv": savings[0] / 147456, Kind.DEPTHWISE: depthwise / 9216, "MatMul": savings[1] / 8192},
         border_ns=border,
         border_ns_per_element=0.0,
         layout_ns=layout,

@@ -12,30 +12,14 @@ from importlib.metadata import entry_points
 
 from graphopt.errors import GraphoptError
 from graphopt.targets.ort_cpu import ORT_ARM, ort_cpu_of_this_machine
-from graphopt.targets.target import (
-    CHANNELS_FIRST_POOL,
-    DEPTHWISE,
-    FEW_ROWS,
-    INNER_SOFTMAX,
-    OF_ACTIVATIONS,
-    Blocks,
-    Costs,
-    DenseConvs,
-    Role,
-    Rule,
-    Target,
-)
+from graphopt.targets.target import Blocks, Costs, DenseConvs, Kind, Role, Rule, Target
 from graphopt.targets.tensorrt import TENSORRT
 
 __all__ = [
-    "CHANNELS_FIRST_POOL",
-    "DEPTHWISE",
-    "FEW_ROWS",
-    "INNER_SOFTMAX",
-    "OF_ACTIVATIONS",
     "Blocks",
     "Costs",
     "DenseConvs",
+    "Kind",
     "Role",
     "Rule",
     "Target",

@@ -17,19 +17,7 @@ from pathlib import Path
 
 from graphopt.quantization import INT8, INT8_WEIGHT, INT16, UINT4_WEIGHT, UINT8, UINT16
 from graphopt.targets.ort_rules import ORT_ARM_RULES, ORT_X86_RULES, figures, sums_do_not_saturate
-from graphopt.targets.target import (
-    CHANNELS_FIRST_POOL,
-    DEPTHWISE,
-    FEW_ROWS,
-    INNER_SOFTMAX,
-    OF_ACTIVATIONS,
-    Blocks,
-    Costs,
-    DenseConvs,
-    Role,
-    Rule,
-    Target,
-)
+from graphopt.targets.target import Blocks, Costs, DenseConvs, Kind, Role, Rule, Target
 
 _JOINS = Rule(role=Role.JOINS)
 _JOINS_WITH_ALL_INPUTS = Rule(role=Role.JOINS, inputs=None)
@@ -87,11 +75,11 @@ _RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}
 _COSTS = Costs(
     saved_ns_per_mac={
         "Conv": 0.013,
-        DEPTHWISE: -0.01,
-        FEW_ROWS: 0.008,
+        Kind.DEPTHWISE: -0.01,
+        Kind.FEW_ROWS: 0.008,
         "Gemm": 0.035,
         "MatMul": 0.035,
-        OF_ACTIVATIONS: 0.004,
+        Kind.OF_ACTIVATIONS: 0.004,
     },
     border_ns=1000,
     border_ns_per_element=0.15,
@@ -100,9 +88,9 @@ _COSTS = Costs(
     saved_ns_and_per_value={
         "LeakyRelu": (-500, 0.14),
         "PRelu": (-3000, 0.5),
-        INNER_SOFTMAX: (0, 5.0),
-        CHANNELS_FIRST_POOL: (0, -3.5),
-        OF_ACTIVATIONS: (-1500, 0),
+        Kind.INNER_SOFTMAX: (0, 5.0),
+        Kind.CHANNELS_FIRST_POOL: (0, -3.5),
+        Kind.OF_ACTIVATIONS: (-1500, 0),
     },
     fused_in_float=frozenset({"LeakyRelu"}),
     copied_ns=0.4,

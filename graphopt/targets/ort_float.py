@@ -20,6 +20,7 @@ from graphopt.graph import has_input, is_constant, label_of, present
 from graphopt.int8_proof import Int8Proof, prove
 from graphopt.lint_rule import Subject
 from graphopt.quantizers import Quantizer, dequantizer_of, dtype_of, is_weight, quantizers_after
+from graphopt.sizes import fixed_shape
 from graphopt.targets.target import Role, Rule
 
 _INSTEAD = {"BatchNormalization": "fold it before the model is quantized (strip-qdq, fold, calibrate, qdq)"}
@@ -266,10 +267,8 @@ def _activation_stays(group: Group) -> str | None:
 def _activation_hides_quantizer(group: Group) -> str | None:
     """Why a stack of matrices times a matrix plus a bias, which becomes Reshape, Gemm, Reshape, finds no Q."""
     assert group.activation is not None
-    shape, has_bias = group.node.inputs[0].shape, group.activation.inputs[0] is not group.node.outputs[0]
+    shape, has_bias = fixed_shape(group.node.inputs[0]), group.activation.inputs[0] is not group.node.outputs[0]
     if group.node.op != "MatMul" or not has_bias or shape is None or len(shape) < 3:
-        return None
-    if not all(isinstance(size, int) for size in shape):
         return None
     return (
         f"onnxruntime makes a Gemm of it and its bias, with a Reshape behind, and looks for the Q before it drops the "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from graphopt.lint_rule import LintRule, Subject
 from graphopt.quantization import QuantType
@@ -80,9 +80,14 @@ class Rule:
         return f"int8 kernels of {op} need {needed}"
 
 
-DEPTHWISE, FEW_ROWS, INNER_SOFTMAX = "depthwise Conv", "product of few rows", "Softmax of an inner axis"
-OF_ACTIVATIONS, CHANNELS_FIRST_POOL = "MatMul of two activations", "MaxPool of channels that come first"
-"""Kinds of operators in `Costs`, beside operator types."""
+class Kind(StrEnum):
+    """Kinds of operators in `Costs`, beside operator types."""
+
+    DEPTHWISE = "depthwise Conv"
+    FEW_ROWS = "product of few rows"
+    INNER_SOFTMAX = "Softmax of an inner axis"
+    OF_ACTIVATIONS = "MatMul of two activations"
+    CHANNELS_FIRST_POOL = "MaxPool of channels that come first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +95,12 @@ class Costs:
     """What int8 saves and costs on a device, in nanoseconds, to tell which operators are too small for it.
 
     Attributes:
-        saved_ns_per_mac: by operator type, for sums over many channels; depthwise Convs are a kind of their own
-            (`DEPTHWISE`), and so are products of at most 16 rows by a constant (`FEW_ROWS`), where little is done with
-            each weight that is read, and products of two activations (`OF_ACTIVATIONS`). Negative where int8 is slower.
+        saved_ns_per_mac: by operator type, for sums over many channels. Kinds of their own (`Kind`) are depthwise
+            Convs, products of at most 16 rows by a constant, where little is done with each weight that is read, and
+            products of two activations. Negative where int8 is slower.
         saved_ns_and_per_value: by operator type, what the int8 kernel saves besides: once, and for each value of the
-            output. A Softmax that is not of the last axis is a kind of its own (`INNER_SOFTMAX`), and so is a MaxPool
-            where int8 Convs leave the channels first (`CHANNELS_FIRST_POOL`).
+            output. Kinds of their own are a Softmax that is not of the last axis, and a MaxPool where int8 Convs leave
+            the channels first.
         fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
         copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
             they read copies, of so few values at a time that to copy takes longer than to compute.
