@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import math
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -23,15 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from graphopt.counting import BINS, CHUNK, count
 from graphopt.graph import Array
 
-BINS = 2048  # on each side of zero
 FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 
-_CHUNK = 1 << 17  # values taken in at a time: few calls, and buffers that stay in a core's cache
-_COPIES = 4  # of the bins, for neighbouring values: where many are the same, an increment would wait for the one before
-_APART = 2 * BINS + 8  # no power of two: the copies of a bin are in other sets of the caches
-_LEAST_COPIED = 1 << 14  # values of a chunk
 _MOVING = 0.01  # weight of a new sample in a moving average
 _SMALLEST_EXPONENT = -120  # of the bin width: its inverse is a float32; smaller values fall into bin 0
 
@@ -73,7 +68,7 @@ class Extremes:
             self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
             self.count += chunk.size
             if low <= 0 <= high and self.zeros is not None:
-                self.zeros += int(np.count_nonzero(np.equal(chunk, 0, out=_scratch.flags[: chunk.size])))
+                self.zeros += int(np.count_nonzero(chunk == 0))
             self._add_chunk(chunk, low, high)
 
     def merge(self, other: Extremes) -> None:
@@ -217,42 +212,12 @@ class Histogram(Extremes):
     def _add_chunk(self, chunk: Array, low: float, high: float) -> None:
         self._widen(_width_exponent(max(-low, high)))
         # A power of two: products are exact, or so small that they truncate to bin 0 whatever they round to.
-        per_width = chunk.dtype.type(math.ldexp(1.0, -self.width_exponent))
-        first, last = int(low * per_width), int(high * per_width)
-        scaled = np.multiply(chunk, per_width, out=_scratch.scaled[chunk.dtype.type][: chunk.size])
-        truncated = _scratch.truncated[: chunk.size]
-        np.copyto(truncated, scaled, casting="unsafe")  # by way of int32: straight to int64 is slow on most CPUs
-        if first:
-            np.subtract(truncated, first, out=truncated)
-        counted = self.counts[first + BINS - 1 : last + BINS]
-        bins = _scratch.bins[: chunk.size]
-        if chunk.size < _LEAST_COPIED:
-            np.copyto(bins, truncated)
-            counted += np.bincount(bins)
-            return
-        np.add(truncated, _scratch.copies[: chunk.size], out=truncated)
-        np.copyto(bins, truncated)
-        counts = np.bincount(bins, minlength=_COPIES * _APART).reshape(_COPIES, _APART)
-        counted += counts[:, : last - first + 1].sum(axis=0)
+        count(chunk, math.ldexp(1.0, -self.width_exponent), self.counts)
 
     def _widen(self, exponent: int) -> None:
         if exponent > self.width_exponent:
             self.counts = _widened(self.counts, exponent - self.width_exponent)
             self.width_exponent = exponent
-
-
-class _Scratch(threading.local):
-    """Buffers for one chunk, a set for each thread: fresh ones would quadruple the time by page faults."""
-
-    def __init__(self) -> None:
-        self.flags = np.empty(_CHUNK, np.bool_)
-        self.scaled = {dtype: np.empty(_CHUNK, dtype) for dtype in (np.float32, np.float64)}
-        self.truncated = np.empty(_CHUNK, np.int32)
-        self.copies = np.tile(np.arange(_COPIES, dtype=np.int32) * _APART, _CHUNK // _COPIES)
-        self.bins = np.empty(_CHUNK, np.intp)  # what np.bincount takes without a copy
-
-
-_scratch = _Scratch()
 
 
 def _width_exponent(largest: float) -> int:
@@ -279,5 +244,5 @@ def _chunks(values: Array) -> Iterator[NDArray[Any]]:
         raise TypeError(f"a histogram takes {', '.join(FLOAT_TYPES)} values, not {values.dtype.name}")
     flat = values.ravel(order="K")  # memory order: a transposed array is not copied
     dtype = np.float64 if values.dtype.name == "float64" else np.float32
-    for start in range(0, flat.size, _CHUNK):
-        yield flat[start : start + _CHUNK].astype(dtype, copy=False)
+    for start in range(0, flat.size, CHUNK):
+        yield flat[start : start + CHUNK].astype(dtype, copy=False)

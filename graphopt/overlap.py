@@ -1,8 +1,8 @@
 """Threads that run a model on one sample while they take in the tensors of another.
 
-onnxruntime computes without Python's lock and so does most of what numpy does; counting (np.bincount) holds it. So at
-most one thread takes in values as long as another one can run the model, and each tensor is handed out in pieces, so
-that whoever is free can help with what is left. Every thread keeps statistics of its own; they merge exactly.
+onnxruntime computes without Python's lock and so does most of what numpy does, but for np.bincount. So at most one
+thread takes in values as long as another one can run the model, and each tensor is handed out in pieces, so that
+whoever is free can help with what is left. Every thread keeps statistics of its own; they merge exactly.
 """
 
 from __future__ import annotations
