@@ -1,8 +1,8 @@
 """Run a float model over samples and keep what its tensors looked like, in memory that does not grow with them.
 
 Where the extremes are enough, the model gets ReduceMin and ReduceMax nodes and nothing else leaves it
-(`graphopt.reductions`). Where the values themselves are asked for, threads share the work (`graphopt.overlap`): one
-takes in the tensors of a sample while the other runs the model on the next one.
+(`graphopt.reductions`); two samples run at a time. Where the values themselves are asked for, threads share the work
+(`graphopt.overlap`): one takes in the tensors of a sample while the other runs the model on the next one.
 
 Two samples' tensors are alive at a time. Where these would pass the memory budget, the tensors are observed in
 groups, with one run over the samples each. Small samples are joined into batches
@@ -31,10 +31,10 @@ from graphopt.graph import Array, all_graphs, bodies, is_constant
 from graphopt.histogram import FLOAT_TYPES, Extremes, NonFiniteError
 from graphopt.model_io import Model
 from graphopt.nested_tensors import NestedTensor, nested_tensors, with_nested_outputs
-from graphopt.overlap import Overlap, not_finite
+from graphopt.overlap import Overlap, in_order, not_finite
 from graphopt.pass_base import MEMORY_BUDGET, Skip
 from graphopt.progress import Progress, silent, track
-from graphopt.reductions import Reductions
+from graphopt.reductions import Reduced, Reductions
 from graphopt.runtime import open_session, release_free_memory
 from graphopt.shapes import infer_shapes
 from graphopt.sizes import is_typed_tensor, nbytes, numpy_dtype, tensors_at
@@ -127,18 +127,25 @@ def _observe_extremes(
 ) -> _Found[Statistics]:
     floats = {name: dtype for name, dtype in dtypes.items() if dtype is not None and dtype.name in FLOAT_TYPES}
     seen = {name: statistics() for name in floats}
-    reductions = Reductions(model, floats) if floats else None
+    reductions = Reductions(model, floats, threads=_threads_of_a_run()) if floats else None
     release_free_memory(collect=False)
-    number = -1
-    for number, feed in enumerate(track(samples, progress, f"calibrate {len(floats)} tensors", samples.count)):
-        with _failing_at(place_of(feed, number)):
-            reduced = reductions.run(feed) if reductions else {}
-        for name, found in reduced.items():
-            if isinstance(found, NonFiniteError):
-                raise DataError(not_finite(name, found, place_of(feed, number)))
-            seen[name].add_extremes(found.minimum, found.maximum, found.count)
+
+    def reduced(batch: Batch) -> tuple[str, Mapping[str, Reduced | NonFiniteError]]:
+        (place,) = batch.places
+        with _failing_at(place):
+            return place, reductions.run(batch.feed) if reductions else {}
+
+    count = 0
+    what = f"calibrate {len(floats)} tensors"
+    single = batches(track(samples, progress, what, samples.count), 1)
+    for place, found in in_order(reduced, single, threads=_samples_at_a_time()):
+        count += 1
+        for name, each in found.items():
+            if isinstance(each, NonFiniteError):
+                raise DataError(not_finite(name, each, place))
+            seen[name].add_extremes(each.minimum, each.maximum, each.count)
     other = {name: _of_another_type(dtype) for name, dtype in dtypes.items() if name not in floats}
-    return _Found(seen, number + 1, other)
+    return _Found(seen, count, other)
 
 
 def _observe_values(
@@ -158,8 +165,7 @@ def _observe_values(
         size = runner.batch_size(samples, one)
         what = f"calibrate {len(group)} tensors, {_SAMPLES_ALIVE * size * one / 2**20:.0f} MiB{run}"
         release_free_memory(collect=False)
-        threads = min(_SAMPLES_ALIVE, os.cpu_count() or 1)
-        with Overlap(runner.run, statistics, group, threads=threads, alive=_SAMPLES_ALIVE) as overlap:
+        with Overlap(runner.run, statistics, group, threads=_samples_at_a_time(), alive=_SAMPLES_ALIVE) as overlap:
             for batch in batches(track(samples, progress, what, samples.count), size):
                 overlap.put(batch)
                 found.samples = batch.number + len(batch.places)
@@ -175,10 +181,10 @@ class _Runner:
         self._inputs = [name for name in tensors if name in inputs]
         self._computed = [name for name in tensors if name not in inputs]
         self._other_types = other_types
-        # The threads that run samples at the same time share these; a thread for each core besides would only wait.
-        threads = max(1, (os.cpu_count() or 1) - 1)
         self._has_bodies = any(bodies(node) for node in model.graph.nodes)
-        self._session = open_session(model, threads=threads, extra_outputs=self._computed, plan_memory=False)
+        self._session = open_session(
+            model, threads=_threads_of_a_run(), extra_outputs=self._computed, plan_memory=False
+        )
 
     def batch_size(self, samples: Samples, nbytes: int) -> int:
         """How many samples to join, when one of them has `nbytes` in the tensors."""
@@ -206,6 +212,16 @@ class _Runner:
             elif isinstance(value, np.ndarray):
                 self._other_types[name] = _of_another_type(value.dtype)
         return floats
+
+
+def _samples_at_a_time() -> int:
+    """How many samples run at the same time: two threads of one sample each wait less than one sample's two do."""
+    return min(_SAMPLES_ALIVE, os.cpu_count() or 1)
+
+
+def _threads_of_a_run() -> int:
+    """Samples that run at the same time share these; a thread for each core besides would only wait."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +24,8 @@ from graphopt.graph import Array
 from graphopt.histogram import Extremes, NonFiniteError
 
 Statistics = TypeVar("Statistics", bound=Extremes)
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _PIECE = 1 << 18  # values that a thread takes in before it looks at what else there is to do
 
@@ -189,6 +191,22 @@ class Overlap(Generic[Statistics]):
             self._alive -= len(self._put)
             self._put.clear()
             self._changed.notify_all()
+
+
+def in_order(function: Callable[[Item], Found], items: Iterable[Item], *, threads: int) -> Iterator[Found]:
+    """What the function gives for each item, in their order; as many are under way as there are threads, and one waits.
+
+    Raises:
+        Exception: what the function raised for the first item that it fails for, or what `items` raised.
+    """
+    pending: deque[Future[Found]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="observe") as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def not_finite(tensor: str, what: NonFiniteError, place: str) -> str:

@@ -35,10 +35,10 @@ class Reduced:
 class Reductions:
     """A session on a copy of a model whose only outputs are the reductions of tensors of these floating-point types."""
 
-    def __init__(self, model: Model, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+    def __init__(self, model: Model, dtypes: Mapping[str, np.dtype[Any]], *, threads: int = 0) -> None:
         self._tensors = tuple(dtypes)
         reducing, self._outputs = _reducing(model, dtypes)
-        self._session = open_session(reducing)
+        self._session = open_session(reducing, threads=threads, plan_memory=False)
 
     def run(self, feed: Feed) -> dict[str, Reduced | NonFiniteError]:
         """Run once: for each tensor what it reduces to, or what is not finite in it."""

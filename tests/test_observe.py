@@ -8,7 +8,7 @@ from onnx import helper
 
 from graphopt.errors import DataError, ModelError
 from graphopt.feeds import Samples, SourcedFeed
-from graphopt.histogram import Extremes, Histogram
+from graphopt.histogram import Extremes, Histogram, MovingAverage
 from graphopt.model_io import load_model
 from graphopt.observe import observe
 from graphopt.runtime import Session
@@ -76,7 +76,8 @@ def test_progress_is_told_after_every_sample():
     assert told == [("calibrate 1 tensors", done, 2) for done in range(3)]
 
 
-def test_samples_are_read_one_at_a_time_and_no_thread_is_left():
+@pytest.mark.parametrize("statistics", [Histogram, Extremes])
+def test_samples_are_read_one_at_a_time_and_no_thread_is_left(statistics):
     alive = []
 
     def feeds():
@@ -85,7 +86,7 @@ def test_samples_are_read_one_at_a_time_and_no_thread_is_left():
             yield {"x": np.ones((1, 3), np.float32)}
 
     before = threading.active_count()
-    observation = observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), Histogram)
+    observation = observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), statistics)
     assert observation.samples == 20
     assert max(alive) <= before + 2
     assert threading.active_count() == before
@@ -101,6 +102,8 @@ def test_a_source_may_use_the_same_array_for_every_sample():
     model = model_of(CHAIN.replace("float[N, 3]", "float[N, M, 3]"))
     seen = observe(model, ["x"], Samples(feeds, "one array", 6), Histogram).statistics["x"]
     assert seen.magnitudes()[seen.magnitudes() > 0].tolist() == [900_000] * 6
+    average = observe(model, ["x"], Samples(feeds, "one array", 6), MovingAverage).statistics["x"]
+    assert average.average_maximum == pytest.approx(0.1480149401)  # 0.01 * (1 * 0.99**4 + 2 * 0.99**3 + ...)
 
 
 def test_no_samples_are_refused():
@@ -318,7 +321,8 @@ def test_a_wrong_value_in_a_batch_names_its_sample():
         observe(model_of(BATCHED), ["a"], samples_of(*feeds), Histogram)
 
 
-def test_an_error_of_the_source_ends_the_threads():
+@pytest.mark.parametrize("statistics", [Histogram, Extremes])
+def test_an_error_of_the_source_ends_the_threads(statistics):
     def feeds():
         yield {"x": np.ones((1, 3), np.float32)}
         yield {"x": np.ones((1, 3), np.float32)}
@@ -326,7 +330,7 @@ def test_an_error_of_the_source_ends_the_threads():
 
     before = threading.active_count()
     with pytest.raises(DataError, match="the disk is gone"):
-        observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), Histogram)
+        observe(model_of(CHAIN), ["y"], Samples(feeds, "endless", None), statistics)
     assert threading.active_count() == before
 
 
