@@ -18,12 +18,13 @@ from graphopt.feeds import Samples
 from graphopt.files import sha256_of
 from graphopt.garbage import rare_collections
 from graphopt.half_precision import computes_in_half
+from graphopt.input_values import with_input_values
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.lint import LintReport, Severity, lint_model
 from graphopt.made_up import made_up_samples
 from graphopt.merging import merged
 from graphopt.model_io import Model, Source, load_model, refuse_target
-from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass
+from graphopt.pass_base import MEMORY_BUDGET, Context, Effect, Pass, input_values
 from graphopt.pass_manager import PassManager, Result
 from graphopt.passes import Calibrate, Fold, FreezeInputs, InlineFunctions, InsertQdq, ToFloat32, registry
 from graphopt.pipeline import parse_pipeline
@@ -82,7 +83,7 @@ def optimize(
     """
     pipeline = parse_pipeline(passes, registry()) if isinstance(passes, str) else list(passes)
     context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
-    float_model = load_model(model)
+    float_model = with_input_values(load_model(model), input_values(pipeline))
     pipeline = _in_float32(pipeline, float_model)
     manager = PassManager(pipeline, verify=verify)
     ranges_file = Path(ranges) if isinstance(ranges, str | Path) else None
@@ -166,7 +167,7 @@ def calibrate(
             raise PipelineError("a shard is of the samples in --data: give them")
         if method.why_not_from_histograms is not None:
             raise PipelineError(f"{method.why_not_from_histograms}: parts of the data cannot be merged by it")
-    float_model = load_model(model)
+    float_model = with_input_values(load_model(model), input_values(pipeline))
     pipeline = _in_float32(pipeline, float_model)
     context = Context(target=target_named(target), progress=progress, memory_budget=memory_budget)
     context.samples = _samples(float_model, data, preprocess, samples)

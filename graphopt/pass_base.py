@@ -9,7 +9,7 @@ and was left alone is a `Skip` whose reason a user can act on. A pass raises onl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, NamedTuple
@@ -101,6 +101,11 @@ class Pass(ABC):
     name: ClassVar[str]
     effect: ClassVar[Effect]
 
+    @property
+    def input_values(self) -> Mapping[str, str]:
+        """What it makes of graph inputs, as text by name: whatever runs in the pipeline gives them these values."""
+        return {}
+
     @abstractmethod
     def apply(self, graph: gs.Graph, context: Context) -> PassResult:
         """Change `graph` in place and say what was done.
@@ -108,3 +113,8 @@ class Pass(ABC):
         Raises:
             GraphoptError: the request cannot be honoured; the graph may then be half changed and is discarded.
         """
+
+
+def input_values(passes: Iterable[Pass]) -> dict[str, str]:
+    """What passes make of graph inputs from the start of their pipeline on, as text by name."""
+    return {name: text for item in passes for name, text in item.input_values.items()}

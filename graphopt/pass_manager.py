@@ -23,9 +23,10 @@ from graphopt.feeds import Feed
 from graphopt.files import write_text_atomically
 from graphopt.garbage import rare_collections
 from graphopt.graph import all_graphs, remove_unread_constants
+from graphopt.input_values import with_input_values
 from graphopt.made_up import made_up_samples
 from graphopt.model_io import Model, Source, load_model, save_model
-from graphopt.pass_base import Context, Effect, Pass, PassResult
+from graphopt.pass_base import Context, Effect, Pass, PassResult, input_values
 from graphopt.pipeline import format_pass, format_pipeline
 from graphopt.report.records import PassRecord, Report
 from graphopt.runtime import open_session
@@ -79,7 +80,7 @@ class PassManager:
         Raises:
             GraphoptError: the model cannot be read or run, or a pass cannot honour its options.
         """
-        original = model = load_model(source)
+        original = model = with_input_values(load_model(source), input_values(self.passes))
         context = context or Context()
         context.original = original
         report = self._new_report(model, context)
@@ -100,10 +101,15 @@ class PassManager:
                 folder = failure_folder / f"{number}-{item.name}"
                 written = _write_failure(folder, previous, item, context, feeds, record.failure)
                 report.warnings.append(f"pass {item.name} was rolled back; {written}")
+        if open_defaults := sum(tensor.name in model.frame.defaults for tensor in model.graph.inputs):
+            report.warnings.append(
+                f"{open_defaults} graph inputs have default values that a caller may override, so they are neither "
+                "folded nor quantized: put freeze-inputs first in the pipeline to make them constants"
+            )
         return Result(model.copy() if model is original else model, report)
 
     def _new_report(self, model: Model, context: Context) -> Report:
-        report = Report(
+        return Report(
             model=str(model.path or model.graph.name),
             pipeline=format_pipeline(self.passes),
             target=context.target.name,
@@ -113,12 +119,6 @@ class PassManager:
             data="" if context.samples is None else context.samples.description,
             synthetic=context.samples is None,
         )
-        if model.frame.defaults:
-            report.warnings.append(
-                f"{len(model.frame.defaults)} graph inputs have default values that a caller may override, so they "
-                "are neither folded nor quantized: put freeze-inputs first in the pipeline to make them constants"
-            )
-        return report
 
     def _examine_input(self, model: Model, context: Context, report: Report) -> tuple[list[Feed], Verdict | None]:
         """The feeds to verify with, and the verdict on the model as it came in."""

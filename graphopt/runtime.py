@@ -69,21 +69,24 @@ class Session:
         self._session = session
         self._weights = weights  # kept: the session may read them in place
         self._fed = {each.name: weights[each.name] for each in inputs if each.name in weights}
+        self._takes = {each.name for each in (*inputs, *session.get_overridable_initializers())}
         self.inputs = tuple(_input_spec(each) for each in inputs if each.name not in weights)
         self.outputs = tuple(output.name for output in session.get_outputs())
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Run once and return the named outputs, by default all of them.
 
-        A tensor is an array; for what a sequence, a map and an optional are, see `arrays_in`.
+        A tensor is an array; for what a sequence, a map and an optional are, see `arrays_in`. What the feed has besides
+        the model's inputs is left out: another model may take more.
 
         Raises:
-            DataError: the feed lacks an input, or has one that the model does not have or take.
+            DataError: the feed lacks an input, or has one that the model does not take.
             ModelError: the model fails on it.
 
         """
         names = self._names(feed, outputs)
-        results = _with_our_errors(lambda: self._session.run(names, {**feed, **self._fed}), bad_argument=DataError)
+        fed = {name: array for name, array in feed.items() if name in self._takes} | self._fed
+        results = _with_our_errors(lambda: self._session.run(names, fed), bad_argument=DataError)
         return dict(zip(names, results, strict=True))
 
     def run_without_copies(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -95,7 +98,9 @@ class Session:
 
         def values() -> list[Any]:
             inputs = {
-                name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()
+                name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+                for name, array in feed.items()
+                if name in self._takes
             }
             return [_view(value) for value in self._session.run_with_ort_values(names, {**inputs, **self._fed})]
 

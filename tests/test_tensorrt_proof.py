@@ -13,7 +13,7 @@ from graphopt.model_io import load_model
 from graphopt.targets import tensorrt_build
 from graphopt.tensorrt_proof import TensorRTProof, has_compiler, prove
 
-REFUSED_FLOAT = {"silero_vad_v6"}  # TensorRT for RTX 1.7 builds it in float no more than quantized
+FROZEN = {"silero_vad_v6": "values=sr=16000"}  # TensorRT for RTX 1.7 builds it for one sample rate
 OF_ZEROS = {"/lstm_fwd/cell/Gemm", "/lstm_bwd/cell/Gemm"}  # of captcha_crnn: the first step, whose state is zero
 
 
@@ -162,6 +162,29 @@ def test_open_sizes_are_those_of_the_inputs_where_these_are_known():
     assert len(prove(model, {"x": (128, 8)}).in_float) > 0
 
 
+def test_a_refusal_names_the_numbers_that_choose_branches(monkeypatch):
+    def refuse(model, input_shapes):
+        raise ModelError("no branches")
+
+    monkeypatch.setattr(tensorrt_build, "has_compiler", lambda: True)
+    monkeypatch.setattr(tensorrt_build, "compiler_name", lambda: "TensorRT 0")
+    monkeypatch.setattr(tensorrt_build, "prove", refuse)
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[2] x, INPUT, int64 other) => (float[2] y) {
+        z = Sub (other, other) limit = Constant <value_int = 2> () chosen = CHOICE
+        y = If (chosen) <
+            then_branch = g1 () => (float[2] t) { t = Relu (x) },
+            else_branch = g2 () => (float[2] e) { e = Abs (x) }>
+    }"""
+    advice = "; branches follow from rate: freeze-inputs:values=rate=NUMBER before fold leaves one"
+    for given, choice, expected in (
+        ("int64 rate", "Greater (rate, limit)", advice),
+        ("bool rate", "Not (rate)", advice),
+        ("int64[N] rate", "Greater (rate, limit)", ""),  # of any size: no number is all of it
+    ):
+        model = model_of(text.replace("INPUT", given).replace("CHOICE", choice))
+        assert findings(model)["TRT031"].message == f"TensorRT 0 refuses it: no branches{expected}"
+
+
 @compiled
 def test_the_model_and_its_names_are_left_as_they_are():
     model = load_model(model_with(GOOD))
@@ -176,15 +199,18 @@ def test_the_model_and_its_names_are_left_as_they_are():
 def test_tensorrt_builds_what_qdq_writes_and_runs_every_quantized_product_in_int8(name):
     """But ConvTranspose, for which TensorRT for RTX has no int8 kernel."""
     data = str(zoo_feeds(name, "calibration"))
-    passes = "freeze-inputs,fold,calibrate:method=minmax,qdq"
+    freeze = ":".join(["freeze-inputs", *([FROZEN[name]] if name in FROZEN else [])])
+    passes = f"{freeze},fold,calibrate:method=minmax,qdq"
     result = graphopt.optimize(str(zoo_model(name)), passes, data=data, samples=2, target="tensorrt", verify=False)
     report = graphopt.lint(result.model, "tensorrt")
     errors = [found for found in report.findings if found.severity is Severity.ERROR]
-    if name in REFUSED_FLOAT:
-        with pytest.raises(ModelError):
-            prove(load_model(zoo_model(name)))
-        assert [found.rule for found in errors] == ["TRT031"]
-        return
     assert not errors
     left = [found for found in report.findings if found.rule == "TRT032" and found.where not in OF_ZEROS]
     assert all("ConvTranspose" in found.message for found in left), left[:3]
+
+
+@compiled
+@pytest.mark.zoo
+def test_lint_names_the_input_that_chooses_the_branch_that_tensorrt_refuses():
+    found = findings(zoo_model("silero_vad_v6"))
+    assert "branches follow from sr: freeze-inputs:values=sr=NUMBER before fold leaves one" in found["TRT031"].message

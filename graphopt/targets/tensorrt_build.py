@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import onnx_graphsurgeon as gs
+
 from graphopt.errors import ModelError
 from graphopt.graph import label_of
+from graphopt.input_values import can_be_filled
 from graphopt.lint_rule import LintRule, Places, Severity, Subject, rule
 from graphopt.targets.int8_share import MACS_IN_FLOAT8, MACS_IN_INT8, share_of_macs
 from graphopt.targets.tensorrt_patterns import is_quantized, weighted
@@ -23,7 +26,23 @@ def the_model_builds(subject: Subject) -> Places:
     """
     found = subject.shared(proof)
     if isinstance(found, ModelError):
-        yield "", f"{compiler_name()} refuses it: {found}"
+        yield "", f"{compiler_name()} refuses it: {found}{_advice(subject.model.graph)}"
+
+
+def _advice(graph: gs.Graph) -> str:
+    """What leaves a single branch of each If, where numbers that the model is given choose it."""
+    waiting = [node.inputs[0] for node in graph.nodes if node.op == "If"]
+    seen: dict[int, gs.Tensor] = {}
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) not in seen:
+            seen[id(tensor)] = tensor
+            waiting += [each for node in tensor.inputs for each in node.inputs]
+    names = [tensor.name for tensor in graph.inputs if id(tensor) in seen and can_be_filled(tensor)]
+    if not names:
+        return ""
+    values = "+".join(f"{name}=NUMBER" for name in names)
+    return f"; branches follow from {' and '.join(names)}: freeze-inputs:values={values} before fold leaves one"
 
 
 @rule("TRT032", Severity.INFO)
