@@ -142,7 +142,7 @@ def _observe_extremes(
         count += 1
         for name, each in found.items():
             if isinstance(each, NonFiniteError):
-                raise DataError(not_finite(name, each, place))
+                raise DataError(not_finite(name, each, place, _advice(samples)))
             seen[name].add_extremes(each.minimum, each.maximum, each.count)
     other = {name: _of_another_type(dtype) for name, dtype in dtypes.items() if name not in floats}
     return _Found(seen, count, other)
@@ -165,7 +165,14 @@ def _observe_values(
         size = runner.batch_size(samples, one)
         what = f"calibrate {len(group)} tensors, {_SAMPLES_ALIVE * size * one / 2**20:.0f} MiB{run}"
         release_free_memory(collect=False)
-        with Overlap(runner.run, statistics, group, threads=_samples_at_a_time(), alive=_SAMPLES_ALIVE) as overlap:
+        with Overlap(
+            runner.run,
+            statistics,
+            group,
+            advice=_advice(samples),
+            threads=_samples_at_a_time(),
+            alive=_SAMPLES_ALIVE,
+        ) as overlap:
             for batch in batches(track(samples, progress, what, samples.count), size):
                 overlap.put(batch)
                 found.samples = batch.number + len(batch.places)
@@ -212,6 +219,13 @@ class _Runner:
             elif isinstance(value, np.ndarray):
                 self._other_types[name] = _of_another_type(value.dtype)
         return floats
+
+
+def _advice(samples: Samples) -> str:
+    """What to do about a sample in which a tensor is not finite."""
+    if samples.synthetic:
+        return "the inputs were made up, so give real ones (--data)"
+    return "leave that sample out, or repair the model"
 
 
 def _samples_at_a_time() -> int:

@@ -55,6 +55,7 @@ class Overlap(Generic[Statistics]):
         run: runs the model on a batch and returns the floating-point tensors that there are.
         statistics: makes the empty statistics of one tensor.
         names: of the tensors, in the order in which errors prefer them.
+        advice: what to do about values that are not finite.
         threads: how many.
         alive: batches whose tensors may be in memory at a time.
     """
@@ -65,6 +66,7 @@ class Overlap(Generic[Statistics]):
         statistics: Callable[[], Statistics],
         names: Sequence[str],
         *,
+        advice: str,
         threads: int,
         alive: int,
     ) -> None:
@@ -72,6 +74,7 @@ class Overlap(Generic[Statistics]):
         self._statistics = statistics
         self._divides = statistics().takes_pieces
         self._order = {name: number for number, name in enumerate(names)}
+        self._advice = advice
         self._most_alive = alive
         self._changed = threading.Condition()
         self._put: deque[_Sample] = deque()
@@ -175,7 +178,7 @@ class Overlap(Generic[Statistics]):
             seen.add(piece.values)
         except NonFiniteError as error:
             place = piece.sample.batch.place_of_first(~np.isfinite(piece.whole))
-            message = not_finite(piece.name, error, place)
+            message = not_finite(piece.name, error, place, self._advice)
             self._fail(piece.sample.batch.number, self._order[piece.name], DataError(message))
         with self._changed:
             self._taking -= 1
@@ -209,9 +212,9 @@ def in_order(function: Callable[[Item], Found], items: Iterable[Item], *, thread
             yield pending.popleft().result()
 
 
-def not_finite(tensor: str, what: NonFiniteError, place: str) -> str:
+def not_finite(tensor: str, what: NonFiniteError, place: str, advice: str) -> str:
     """Say that a tensor is not finite in the sample that is called `place`."""
-    return f"tensor {tensor} is {what} in {place}: leave that sample out, or repair the model"
+    return f"tensor {tensor} is {what} in {place}: {advice}"
 
 
 def _pieces(sample: _Sample, name: str, tensor: Array) -> Iterator[_Piece]:

@@ -238,6 +238,13 @@ def test_extremes_of_values_that_are_not_finite_are_refused(bad, name, place):
         observe(model_of(CHAIN), ["doubled", "x"], samples_of(*feeds), Extremes)
 
 
+@pytest.mark.parametrize("statistics", [Histogram, Extremes])
+def test_where_inputs_were_made_up_data_are_the_advice(statistics):
+    samples = Samples(lambda: iter([{"x": np.full((1, 3), np.nan, np.float32)}]), "made up", 1, synthetic=True)
+    with pytest.raises(DataError, match=r"NaN in sample 0 .*: the inputs were made up, so give real ones \(--data\)"):
+        observe(model_of(CHAIN), ["doubled"], samples, statistics)
+
+
 def test_extremes_need_values_and_a_floating_point_type():
     model = model_of("""
         <ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[M] y, int64[1] shape)
