@@ -23,6 +23,15 @@ def test_sizes_that_leave_nothing_of_an_output_are_the_last_resort(start, shape)
     assert first_shape(start) == shape
 
 
+@pytest.mark.parametrize(("start", "shape"), [(4, (1, 16)), (40, (1, 128))])
+def test_sizes_with_which_an_input_goes_without_effect_come_after_others(start, shape):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[N,T] x, float[N] state, float unused) => (float[N] y)
+        <int64[1] start = {{{start}}}, int64[1] end = {{100000}}, int64[1] axis = {{1}}>
+        {{ rest = Slice(x, start, end, axis) sum = ReduceSum<keepdims=0>(rest, axis) y = Add(sum, state) }}"""
+    model = load_model(onnx.parser.parse_model(text))
+    assert next(iter(made_up_samples(open_session(model), model.graph)))["x"].shape == shape
+
+
 def length_of(body):
     text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[N,T,8] x, int64[N] lengths) => (float[A,B] y)
         <int64[1] first = {{0}}, float one = {{1}}> {{ {body} }}"""
