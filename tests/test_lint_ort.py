@@ -29,6 +29,7 @@ RULES = {rule.id: rule for target in (X86, ARM) for rule in target.lint_rules}
 CONSTANTS = {
     "s": np.float32(0.05),
     "t": np.float32(0.1),
+    "twice": np.array([1, 1, 2, 2], np.float32),
     "u": np.uint8(0),
     "u128": np.uint8(128),
     "z": np.int8(0),
@@ -308,6 +309,14 @@ def test_the_command_prints_one_json_document(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["counts"]["warning"] == 1
     assert found["findings"][0].keys() == {"rule", "severity", "where", "message"}
+
+
+@pytest.mark.parametrize("scale", ["s", "t"])
+def test_a_resize_that_interpolates_is_float_whatever_its_scales_are(scale):
+    body = f'{X} p = Resize<mode="linear">(x_d, , twice) {pair("p", scale=scale, to="y")}'
+    (found,) = [each for each in report_on(body).findings if "in float" in each.message]
+    assert (found.rule, found.message) == ("ORT021", "Resize in float: int8 kernels of Resize need mode = nearest")
+    assert "Resize" in optimized_ops(model_with(body))
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-arm", "tensorrt"])

@@ -308,6 +308,8 @@ def _scales_differ(group: Group) -> str | None:
     before = group.inputs.get(0)
     if group.rule.role is not Role.COMMUTES or before is None or group.quantizer is None:
         return None
+    if group.rule.why_not(group.node.op, group.node.attrs) is not None:
+        return None  # the scales would change nothing
     if before.has_scale_of(group.quantizer):
         return None
     return "its input and output have different scales, and it only moves values: give both the input's"
