@@ -101,11 +101,18 @@ class Link:
             return self.is_quantized(int8)
         return self.is_read_in_float or not all(id(user) in int8 for user in self.users)
 
-    def changes_layout(self, int8: Collection[int]) -> bool:
-        """Whether it comes from a float Conv to an int8 operator, or the other way round, if those are in int8."""
+    def changes_layout(self, int8: Collection[int], of_convs: Collection[int]) -> bool:
+        """Whether it comes from a float operator in the layout of Convs to an int8 one, or the other way round.
+
+        Args:
+            int8: ids of the operators that are in int8.
+            of_convs: of those that have that layout in float.
+        """
         if self.computed_by is None or id(self.computed_by) not in int8:
-            return self.is_of_conv and any(id(user) in int8 for user in self.users)
-        return self.is_read_by_float_conv or any(user.op == "Conv" and id(user) not in int8 for user in self.users)
+            is_of_conv = self.is_of_conv or id(self.maker) in of_convs
+            return is_of_conv and any(id(user) in int8 for user in self.users)
+        in_float = any(id(user) in of_convs and id(user) not in int8 for user in self.users)
+        return self.is_read_by_float_conv or in_float
 
 
 def islands_of(placement: Placement) -> list[Island]:
@@ -198,8 +205,11 @@ class _Trade:
         losing = [node for node in island.nodes if id(node) not in kept]
         if not losing:
             return {}
-        behind = self._fused_behind(island)
-        savings = [self._saving(node) for node in losing if behind.get(id(node), _INT8) in kept]
+        behind = self._behind_convs(island)
+        savings = [
+            self._saving(node) + (self._float_cost(node) if behind.get(id(node), _INT8) in kept else 0.0)
+            for node in losing
+        ]
         saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
         spent = self._spent(island, {id(node) for node in island.nodes}) - self._spent(island, kept)
         place, more = ("between float operators", "") if len(losing) == len(island.nodes) else ("at an edge", "more ")
@@ -215,18 +225,23 @@ class _Trade:
         """The graph to cut: capacities are costs, and an edge without one is never cut."""
         flow = nx.DiGraph()
         flow.add_nodes_from((_INT8, _FLOAT))
-        behind = self._fused_behind(island)
+        members = {id(node): node for node in island.nodes}
+        behind = self._behind_convs(island)
+        of_convs = self._of_convs(island)
         for node in island.nodes:
-            saving = self._saving(node)
-            flow.add_edge(behind.get(id(node), _INT8), id(node), capacity=max(saving, 0.0))
+            saving = self._saving(node) + (0.0 if id(node) in behind else self._float_cost(node))
+            flow.add_edge(_INT8, id(node), capacity=max(saving, 0.0))
             flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
+        for key, conv in behind.items():
+            flow.add_edge(conv, key, capacity=self._float_cost(members[key]))
         for link in island.links:
             source = _FLOAT if link.computed_by is None else id(link.computed_by)
             conversion, layout = self._conversion(link.tensor), self._layout(link.tensor)
             quantize, dequantize, reorder = ((link.tensor.name, what) for what in ("Q", "DQ", "layout"))
             flow.add_edges_from((id(user), quantize) for user in link.users)
             pool = self._pool_behind_q(link)
-            flow.add_edge(quantize, source, **_capacity(conversion, layout if link.is_of_conv else 0.0, pool))
+            is_of_conv = link.is_of_conv or id(link.maker) in of_convs
+            flow.add_edge(quantize, source, **_capacity(conversion, layout if is_of_conv else 0.0, pool))
             if link.computed_by is None:
                 continue
             flow.add_edge(source, dequantize, **_capacity(conversion))
@@ -234,7 +249,7 @@ class _Trade:
             if link.is_read_in_float:
                 flow.add_edge(dequantize, _FLOAT)
             flow.add_edge(source, reorder, **_capacity(layout))
-            flow.add_edges_from((reorder, id(user)) for user in link.users if user.op == "Conv")
+            flow.add_edges_from((reorder, id(user)) for user in link.users if id(user) in of_convs)
             if link.is_read_by_float_conv:
                 flow.add_edge(reorder, _FLOAT)
         return flow
@@ -249,7 +264,8 @@ class _Trade:
     def _spent(self, island: Island, int8: Collection[int]) -> float:
         spent = [self._conversion(link.tensor) for link in island.links if link.is_converted(int8)]
         spent += [self._pool_behind_q(link) for link in island.links if link.is_quantized(int8)]
-        spent += [self._layout(link.tensor) for link in island.links if link.changes_layout(int8)]
+        of_convs = self._of_convs(island)
+        spent += [self._layout(link.tensor) for link in island.links if link.changes_layout(int8, of_convs)]
         return sum(cost for cost in spent if cost is not None)
 
     def _conversion(self, tensor: gs.Tensor) -> float | None:
@@ -268,15 +284,27 @@ class _Trade:
         saved = macs * self.costs.saved_ns_per_mac.get(kind, 0.0) - _copies(node, macs) * self.costs.copied_ns
         fixed, per_value = self.costs.saved_ns_and_per_value.get(kind, (0.0, 0.0))
         size = self._size_of_result(node)
+        if size is not None and kind == Kind.OF_CHANNELS and (shape := node.outputs[0].shape) is not None:
+            size /= shape[1] if isinstance(shape[1], int) else 1
         return saved if size is None else saved + fixed + per_value * size
 
-    def _fused_behind(self, island: Island) -> dict[int, int | str]:
-        """By id of an operator that is part of a float one before it, what must be in int8 for it to save anything."""
+    def _float_cost(self, node: gs.Node) -> float:
+        """What an operator that float Convs take in costs in float behind another."""
+        fixed, per_value = self.costs.fused_in_float.get(node.op, (0.0, 0.0))
+        size = self._size_of_result(node)
+        return 0.0 if size is None else fixed + per_value * size
+
+    def _of_convs(self, island: Island) -> set[int]:
+        """The ids of operators that have, in float, the layout of Convs: these and what they take in."""
+        return {id(node) for node in island.nodes if node.op == "Conv"} | set(self._behind_convs(island))
+
+    def _behind_convs(self, island: Island) -> dict[int, int | str]:
+        """By id of an operator that a float Conv before it takes in, the node of that Conv in the flow."""
         return {
             id(user): _FLOAT if link.computed_by is None else id(link.computed_by)
             for link in island.links
             for user in link.users
-            if user.op in self.costs.fused_in_float
+            if user.op in self.costs.fused_in_float and link.is_of_conv
         }
 
     def _macs(self, node: gs.Node) -> float:
@@ -334,8 +362,14 @@ def _kind(node: gs.Node, macs: float) -> str:
     if op == "Softmax":
         shape, axis = node.inputs[0].shape, node.attrs.get("axis", -1)
         return op if shape is None or axis % len(shape) == len(shape) - 1 else Kind.INNER_SOFTMAX
+    if op == "Mul" and sum(map(_is_value_a_channel, node.inputs)) == 1:
+        return Kind.OF_CHANNELS
     if op == "MatMul" and not is_weight(node.inputs[1]):
         return Kind.OF_ACTIVATIONS
     if op in ("Gemm", "MatMul") and is_weight(node.inputs[1]) and macs <= _FEW_ROWS * math.prod(node.inputs[1].shape):
         return Kind.FEW_ROWS
     return op
+
+
+def _is_value_a_channel(tensor: gs.Tensor) -> bool:
+    return tensor.shape is not None and len(tensor.shape) == 4 and list(tensor.shape[2:]) == [1, 1]

@@ -60,21 +60,24 @@ _RULES = {
 # Between integers of 16 bits onnxruntime computes in float, where PRelu is one operator and not three.
 _RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}
 
-# Two threads, AVX-512 with VNNI: what int8 saves at most, for operators stay float only where it surely does not
-# pay. In a chain of Convs (benchmarks/measure_costs.py) dense ones of 16 channels and more save 0.003 ns a MAC,
-# those of 8 up to 0.13. Depthwise Convs lose up to 0.02 ns a MAC where the tensor is large, and gain as much where
-# it is small. Between float operators one row times 0.2 and 0.26 M weights loses 1 and 2 us, 0.6 M save 2 us and 1
-# M, which are not in the cache, 26; 16 rows times 16,000 weights lose 2 us. A Q or DQ costs 2 to 5 us for 18,000
-# values, 14 to 17 for 100,000, 27 to 33 for 200,000; a float Conv between int8 ones costs 5 us and 0.2 to 0.6 ns a
-# value more, for two changes of layout. A Conv of 1 channel to 1, with a kernel of 256, takes 1.6 ms for 21,922
-# places in float and 3.9 in int8; 3 channels to 8, 3 x 3 on 224 x 224, 0.09 and 0.21. PRelu of 68,000 values takes
-# 93 us in float and 60 in int8, as three operators. Softmax of an inner axis takes 8 to 9 ns a value in float and 2
-# in int8 before a Conv, in whose layout that axis comes last. MaxPool takes 0.4 to 2 ns a value of its result in float,
-# and in int8 4 to 14 where channels come first. Products of two activations, between Transposes that float ones take
-# in, lose 1.5 us and save 0.0015 ns a MAC (AMD Zen 5, attention over 28 to 256 places).
+# Two threads, AVX-512 with VNNI. In a chain of Convs (benchmarks/measure_costs.py) dense ones of 16 channels and more
+# save 0.003 (AMD Zen 5) to 0.006 ns a MAC (Zen 4), those of 8 up to 0.13. Depthwise Convs lose up to 0.02 ns a MAC
+# where the tensor is large, and gain as much where it is small. Between float operators one row times 0.2 and 0.26 M
+# weights loses 1 and 2 us, 0.6 M save 2 us and 1 M, which are not in the cache, 26; 16 rows times 16,000 weights lose
+# 2 us. A Q or DQ costs 2 to 5 us for 18,000 values, 14 to 17 for 100,000, 27 to 33 for 200,000; a float Conv between
+# int8 ones costs 5 us and 0.2 to 0.6 ns a value more, for two changes of layout. A Conv of 1 channel to 1, with a
+# kernel of 256, takes 1.6 ms for 21,922 places in float and 3.9 in int8; 3 channels to 8, 3 x 3 on 224 x 224, 0.09
+# and 0.21. PRelu of 68,000 values takes 93 us in float and 60 in int8, as three operators. Softmax of an inner axis
+# takes 8 to 9 ns a value in float and 2 in int8 before a Conv, in whose layout that axis comes last. MaxPool takes
+# 0.4 to 2 ns a value of its result in float, and in int8 4 to 14 where channels come first. Products of two
+# activations, between Transposes that float ones take in, lose 1.5 us and save 0.0015 ns a MAC (AMD Zen 5, attention
+# over 28 to 256 places). Float Convs take in a HardSwish and the Add of a residual; in int8 they take 7 and 8 to 10
+# us of 18,000 values, 54 and 36 of 100,000, and HardSwish in float behind an int8 Conv 26 of 47,000. A Mul of
+# pictures by a value a channel takes 20 ns a pixel in int8, so 60 us of 16 channels of 56 x 56, which are 12 in float
+# (AMD Zen 4).
 _COSTS = Costs(
     saved_ns_per_mac={
-        "Conv": 0.013,
+        "Conv": 0.008,
         Kind.DEPTHWISE: -0.01,
         Kind.FEW_ROWS: 0.008,
         "Gemm": 0.035,
@@ -86,13 +89,16 @@ _COSTS = Costs(
     layout_ns=2500,
     layout_ns_per_element=0.15,
     saved_ns_and_per_value={
-        "LeakyRelu": (-500, 0.14),
+        "Add": (-2000, -0.25),
+        "HardSwish": (-1000, -0.4),
+        "LeakyRelu": (-500, 0),
         "PRelu": (-3000, 0.5),
+        Kind.OF_CHANNELS: (0, -20.0),
         Kind.INNER_SOFTMAX: (0, 5.0),
         Kind.CHANNELS_FIRST_POOL: (0, -3.5),
         Kind.OF_ACTIVATIONS: (-1500, 0),
     },
-    fused_in_float=frozenset({"LeakyRelu"}),
+    fused_in_float={"Add": (2000, 0.3), "HardSwish": (1500, 0.3), "LeakyRelu": (0, 0.14)},
     copied_ns=0.4,
 )
 

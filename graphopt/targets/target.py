@@ -87,6 +87,7 @@ class Kind(StrEnum):
     FEW_ROWS = "product of few rows"
     INNER_SOFTMAX = "Softmax of an inner axis"
     OF_ACTIVATIONS = "MatMul of two activations"
+    OF_CHANNELS = "Mul by a value a channel"
     CHANNELS_FIRST_POOL = "MaxPool of channels that come first"
 
 
@@ -99,9 +100,11 @@ class Costs:
             Convs, products of at most 16 rows by a constant, where little is done with each weight that is read, and
             products of two activations. Negative where int8 is slower.
         saved_ns_and_per_value: by operator type, what the int8 kernel saves besides: once, and for each value of the
-            output. Kinds of their own are a Softmax that is not of the last axis, and a MaxPool where int8 Convs leave
-            the channels first.
-        fused_in_float: of these, the ones that are part of a float operator before them and save nothing behind it.
+            output. Kinds of their own are a Softmax that is not of the last axis, a MaxPool where int8 Convs leave
+            the channels first, and a Mul of pictures by a value a channel, whose kernel starts anew at each pixel: of
+            that it is for each pixel, not for each value.
+        fused_in_float: operators that are part of a float Conv before them and cost nothing there; what each costs in
+            float elsewhere, once and for each value of the output.
         copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
             they read copies, of so few values at a time that to copy takes longer than to compute.
         border_ns: of any Q or DQ between int8 and float operators.
@@ -116,7 +119,7 @@ class Costs:
     layout_ns: float = 0.0
     layout_ns_per_element: float = 0.0
     saved_ns_and_per_value: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    fused_in_float: frozenset[str] = frozenset()
+    fused_in_float: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     copied_ns: float = 0.0
 
 
