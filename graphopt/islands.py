@@ -282,11 +282,15 @@ class _Trade:
         macs = self._macs(node)
         kind = Kind.CHANNELS_FIRST_POOL if id(node) in self.channels_first else _kind(node, macs)
         saved = macs * self.costs.saved_ns_per_mac.get(kind, 0.0) - _copies(node, macs) * self.costs.copied_ns
+        saved -= self._pixels(node, kind) * self.costs.pixel_ns
         fixed, per_value = self.costs.saved_ns_and_per_value.get(kind, (0.0, 0.0))
         size = self._size_of_result(node)
-        if size is not None and kind == Kind.OF_CHANNELS and (shape := node.outputs[0].shape) is not None:
-            size /= shape[1] if isinstance(shape[1], int) else 1
         return saved if size is None else saved + fixed + per_value * size
+
+    def _pixels(self, node: gs.Node, kind: str) -> int:
+        """How often the kernel of a Mul by a value a channel starts anew."""
+        shape = self.shapes.get(node.outputs[0].name) if kind == Kind.OF_CHANNELS else None
+        return 0 if shape is None else math.prod(shape) // shape[1]
 
     def _float_cost(self, node: gs.Node) -> float:
         """What an operator that float Convs take in costs in float behind another."""

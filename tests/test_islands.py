@@ -215,7 +215,7 @@ def test_what_is_fused_costs_nothing_in_float_behind_a_conv_alone(before, fused)
 def test_a_mul_by_a_value_a_channel_costs_for_each_pixel(squeezed, stays):
     body = f"c = {CONV}(x, w, b) p = {squeezed} g = Conv(p, k) m = Mul(c, g) y = {CONV}(m, w, b)"
     graph = graph_of(body, weights="float[16,16,1,1] k")
-    costs = replace(COSTS, border_ns=0, saved_ns_and_per_value={Kind.OF_CHANNELS: (0.0, -1000.0)})
+    costs = replace(COSTS, border_ns=0, pixel_ns=1000)
     losing = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (1, 16, 8, 8)})
     reasons = {node.op: losing[id(node)] for node in graph.nodes if id(node) in losing}
     assert ("Mul" in reasons) == stays

@@ -71,13 +71,12 @@ _RULES_OF_16_BITS = {op: rule for op, rule in _RULES.items() if op != "PRelu"}
 # takes 8 to 9 ns a value in float and 2 in int8 before a Conv, in whose layout that axis comes last. MaxPool takes
 # 0.4 to 2 ns a value of its result in float, and in int8 4 to 14 where channels come first. Products of two
 # activations, between Transposes that float ones take in, lose 1.5 us and save 0.0015 ns a MAC (AMD Zen 5, attention
-# over 28 to 256 places). Float Convs take in a HardSwish and the Add of a residual; in int8 they take 7 and 8 to 10
-# us of 18,000 values, 54 and 36 of 100,000, and HardSwish in float behind an int8 Conv 26 of 47,000. A Mul of
-# pictures by a value a channel takes 20 ns a pixel in int8, so 60 us of 16 channels of 56 x 56, which are 12 in float
-# (AMD Zen 4).
+# over 28 to 256 places). Float Convs take in a HardSwish, which int8 Convs do not: it takes 7 us of 18,000 values
+# there and 54 of 100,000, and in float behind an int8 Conv 26 of 47,000. A Mul of pictures by a value a channel takes
+# 15 ns a pixel and 0.2 a value in int8, 0.45 a value in float (AMD Zen 4).
 _COSTS = Costs(
     saved_ns_per_mac={
-        "Conv": 0.008,
+        "Conv": 0.009,
         Kind.DEPTHWISE: -0.01,
         Kind.FEW_ROWS: 0.008,
         "Gemm": 0.035,
@@ -89,17 +88,17 @@ _COSTS = Costs(
     layout_ns=2500,
     layout_ns_per_element=0.15,
     saved_ns_and_per_value={
-        "Add": (-2000, -0.25),
         "HardSwish": (-1000, -0.4),
         "LeakyRelu": (-500, 0),
         "PRelu": (-3000, 0.5),
-        Kind.OF_CHANNELS: (0, -20.0),
+        Kind.OF_CHANNELS: (0, 0.25),
         Kind.INNER_SOFTMAX: (0, 5.0),
         Kind.CHANNELS_FIRST_POOL: (0, -3.5),
         Kind.OF_ACTIVATIONS: (-1500, 0),
     },
-    fused_in_float={"Add": (2000, 0.3), "HardSwish": (1500, 0.3), "LeakyRelu": (0, 0.14)},
+    fused_in_float={"HardSwish": (1500, 0.3), "LeakyRelu": (0, 0.14)},
     copied_ns=0.4,
+    pixel_ns=15,
 )
 
 # Two threads, AVX2 (AMD Zen 3): a Gemm of 128 rows saves 0.008 ns a MAC, dense Convs 0.001 to 0.02, and small ones of

@@ -101,12 +101,12 @@ class Costs:
             products of two activations. Negative where int8 is slower.
         saved_ns_and_per_value: by operator type, what the int8 kernel saves besides: once, and for each value of the
             output. Kinds of their own are a Softmax that is not of the last axis, a MaxPool where int8 Convs leave
-            the channels first, and a Mul of pictures by a value a channel, whose kernel starts anew at each pixel: of
-            that it is for each pixel, not for each value.
+            the channels first, and a Mul of pictures by a value a channel.
         fused_in_float: operators that are part of a float Conv before them and cost nothing there; what each costs in
             float elsewhere, once and for each value of the output.
         copied_ns: of Convs of fewer than 4 channels to fewer than 16, for each place of the kernel and of the result:
             they read copies, of so few values at a time that to copy takes longer than to compute.
+        pixel_ns: of such a Mul, for each pixel, where its kernel starts anew.
         border_ns: of any Q or DQ between int8 and float operators.
         border_ns_per_element: of the tensor there.
         layout_ns: what comes on top where the float operator is a Conv, whose layout of memory is another.
@@ -121,6 +121,7 @@ class Costs:
     saved_ns_and_per_value: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fused_in_float: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     copied_ns: float = 0.0
+    pixel_ns: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
