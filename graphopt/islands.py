@@ -101,6 +101,10 @@ class Link:
             return self.is_quantized(int8)
         return self.is_read_in_float or not all(id(user) in int8 for user in self.users)
 
+    def has_layout_of_convs(self, of_convs: Collection[int]) -> bool:
+        """Whether it has that layout where it is computed in float; `of_convs` as in `changes_layout`."""
+        return self.is_of_conv or id(self.maker) in of_convs
+
     def changes_layout(self, int8: Collection[int], of_convs: Collection[int]) -> bool:
         """Whether it comes from a float operator in the layout of Convs to an int8 one, or the other way round.
 
@@ -109,8 +113,7 @@ class Link:
             of_convs: of those that have that layout in float.
         """
         if self.computed_by is None or id(self.computed_by) not in int8:
-            is_of_conv = self.is_of_conv or id(self.maker) in of_convs
-            return is_of_conv and any(id(user) in int8 for user in self.users)
+            return self.has_layout_of_convs(of_convs) and any(id(user) in int8 for user in self.users)
         in_float = any(id(user) in of_convs and id(user) not in int8 for user in self.users)
         return self.is_read_by_float_conv or in_float
 
@@ -190,6 +193,8 @@ class _Trade:
         self.observed = observed
         self.macs = count_macs(sized).by_node
         self.results: dict[int, gs.Tensor] = {}  # by id of an operator, what is quantized of it
+        self.behind: dict[int, int | str] = {}  # by id of what a float Conv takes in, the node of that Conv in the flow
+        self.of_convs: set[int] = set()  # the ids of operators that have, in float, the layout of Convs
         tensors = (tensor for node in sized.nodes for tensor in (*node.inputs, *node.outputs))
         self.shapes = {tensor.name: fixed_shape(tensor) for tensor in tensors}
         self.runs = self._runs(placement.graph) if placement.label else {}
@@ -198,6 +203,13 @@ class _Trade:
     def losing(self, island: Island) -> dict[int, str]:
         """By id of an operator without which the island saves most, why it should stay float."""
         self.results |= {id(link.computed_by): link.tensor for link in island.links if link.computed_by is not None}
+        self.behind |= {
+            id(user): _FLOAT if link.computed_by is None else id(link.computed_by)
+            for link in island.links
+            for user in link.users
+            if user.op in self.costs.fused_in_float and link.is_of_conv
+        }
+        self.of_convs |= {id(node) for node in island.nodes if node.op == "Conv" or id(node) in self.behind}
         known = all(self._size(tensor) is not None for tensor in island.borders)
         if not known or not any(map(self._macs, island.nodes)):
             return {}
@@ -205,9 +217,8 @@ class _Trade:
         losing = [node for node in island.nodes if id(node) not in kept]
         if not losing:
             return {}
-        behind = self._behind_convs(island)
         savings = [
-            self._saving(node) + (self._float_cost(node) if behind.get(id(node), _INT8) in kept else 0.0)
+            self._saving(node) + (self._float_cost(node) if self.behind.get(id(node), _INT8) in kept else 0.0)
             for node in losing
         ]
         saved, lost = sum(each for each in savings if each > 0), -sum(each for each in savings if each < 0)
@@ -225,23 +236,22 @@ class _Trade:
         """The graph to cut: capacities are costs, and an edge without one is never cut."""
         flow = nx.DiGraph()
         flow.add_nodes_from((_INT8, _FLOAT))
-        members = {id(node): node for node in island.nodes}
-        behind = self._behind_convs(island)
-        of_convs = self._of_convs(island)
         for node in island.nodes:
-            saving = self._saving(node) + (0.0 if id(node) in behind else self._float_cost(node))
+            saving, in_float = self._saving(node), self._float_cost(node)
+            if (conv := self.behind.get(id(node))) is None:
+                saving += in_float
+            else:
+                flow.add_edge(conv, id(node), capacity=in_float)
             flow.add_edge(_INT8, id(node), capacity=max(saving, 0.0))
             flow.add_edge(id(node), _FLOAT, capacity=max(-saving, 0.0))
-        for key, conv in behind.items():
-            flow.add_edge(conv, key, capacity=self._float_cost(members[key]))
         for link in island.links:
             source = _FLOAT if link.computed_by is None else id(link.computed_by)
             conversion, layout = self._conversion(link.tensor), self._layout(link.tensor)
             quantize, dequantize, reorder = ((link.tensor.name, what) for what in ("Q", "DQ", "layout"))
             flow.add_edges_from((id(user), quantize) for user in link.users)
             pool = self._pool_behind_q(link)
-            is_of_conv = link.is_of_conv or id(link.maker) in of_convs
-            flow.add_edge(quantize, source, **_capacity(conversion, layout if is_of_conv else 0.0, pool))
+            reordered = layout if link.has_layout_of_convs(self.of_convs) else 0.0
+            flow.add_edge(quantize, source, **_capacity(conversion, reordered, pool))
             if link.computed_by is None:
                 continue
             flow.add_edge(source, dequantize, **_capacity(conversion))
@@ -249,7 +259,7 @@ class _Trade:
             if link.is_read_in_float:
                 flow.add_edge(dequantize, _FLOAT)
             flow.add_edge(source, reorder, **_capacity(layout))
-            flow.add_edges_from((reorder, id(user)) for user in link.users if id(user) in of_convs)
+            flow.add_edges_from((reorder, id(user)) for user in link.users if id(user) in self.of_convs)
             if link.is_read_by_float_conv:
                 flow.add_edge(reorder, _FLOAT)
         return flow
@@ -264,8 +274,7 @@ class _Trade:
     def _spent(self, island: Island, int8: Collection[int]) -> float:
         spent = [self._conversion(link.tensor) for link in island.links if link.is_converted(int8)]
         spent += [self._pool_behind_q(link) for link in island.links if link.is_quantized(int8)]
-        of_convs = self._of_convs(island)
-        spent += [self._layout(link.tensor) for link in island.links if link.changes_layout(int8, of_convs)]
+        spent += [self._layout(link.tensor) for link in island.links if link.changes_layout(int8, self.of_convs)]
         return sum(cost for cost in spent if cost is not None)
 
     def _conversion(self, tensor: gs.Tensor) -> float | None:
@@ -297,19 +306,6 @@ class _Trade:
         fixed, per_value = self.costs.fused_in_float.get(node.op, (0.0, 0.0))
         size = self._size_of_result(node)
         return 0.0 if size is None else fixed + per_value * size
-
-    def _of_convs(self, island: Island) -> set[int]:
-        """The ids of operators that have, in float, the layout of Convs: these and what they take in."""
-        return {id(node) for node in island.nodes if node.op == "Conv"} | set(self._behind_convs(island))
-
-    def _behind_convs(self, island: Island) -> dict[int, int | str]:
-        """By id of an operator that a float Conv before it takes in, the node of that Conv in the flow."""
-        return {
-            id(user): _FLOAT if link.computed_by is None else id(link.computed_by)
-            for link in island.links
-            for user in link.users
-            if user.op in self.costs.fused_in_float and link.is_of_conv
-        }
 
     def _macs(self, node: gs.Node) -> float:
         known = self.macs.get(node.outputs[0].name)

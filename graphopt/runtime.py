@@ -85,7 +85,7 @@ class Session:
 
         """
         names = self._names(feed, outputs)
-        fed = {name: array for name, array in feed.items() if name in self._takes} | self._fed
+        fed = self._taken(feed) | self._fed
         results = _with_our_errors(lambda: self._session.run(names, fed), bad_argument=DataError)
         return dict(zip(names, results, strict=True))
 
@@ -99,12 +99,14 @@ class Session:
         def values() -> list[Any]:
             inputs = {
                 name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-                for name, array in feed.items()
-                if name in self._takes
+                for name, array in self._taken(feed).items()
             }
             return [_view(value) for value in self._session.run_with_ort_values(names, {**inputs, **self._fed})]
 
         return dict(zip(names, _with_our_errors(values, bad_argument=DataError), strict=True))
+
+    def _taken(self, feed: Feed) -> dict[str, Any]:
+        return {name: array for name, array in feed.items() if name in self._takes}
 
     def _names(self, feed: Feed, outputs: Sequence[str] | None) -> list[str]:
         missing = [spec.name for spec in self.inputs if spec.name not in feed]

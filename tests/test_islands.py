@@ -198,13 +198,8 @@ def test_what_is_fused_into_a_float_operator_saves_nothing_behind_it(fused, losi
 def test_what_is_fused_costs_nothing_in_float_behind_a_conv_alone(before, fused):
     """Behind a float Conv nothing is saved by an operator in int8, behind another what it costs in float."""
     graph = graph_of(f"c = {before} h = HardSwish(c) y = {CONV}(h, w, b)")
-    costs = Costs(
-        saved_ns_per_mac={"Conv": 0.0},
-        border_ns=10.0,
-        border_ns_per_element=0.0,
-        saved_ns_and_per_value={"HardSwish": (-10.0, 0.0)},
-        fused_in_float={"HardSwish": (100.0, 0.0)},
-    )
+    own, in_float = {"HardSwish": (-10.0, 0.0)}, {"HardSwish": (100.0, 0.0)}
+    costs = replace(COSTS, saved_ns_per_mac={}, border_ns=10.0, saved_ns_and_per_value=own, fused_in_float=in_float)
     losing = too_small(graph, place_all(graph, ORT_CPU), costs, {"x": (1, 16, 8, 8)})
     assert ({node.op for node in graph.nodes if id(node) in losing} >= {"HardSwish"}) == fused
 

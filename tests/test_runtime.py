@@ -98,6 +98,13 @@ def test_a_feed_that_does_not_fit_is_refused_in_one_line(feed, message):
     assert "ONNXRuntimeError" not in str(error.value)
 
 
+def test_what_a_feed_has_besides_the_inputs_is_left_out():
+    session, more = open_session(small()), {**FEED, "z": np.ones(1)}
+    for run in (session.run, session.run_without_copies):
+        for name, expected in run(FEED).items():
+            np.testing.assert_array_equal(run(more)[name], expected)
+
+
 def test_a_node_that_fails_is_named_without_places_in_onnxruntimes_source():
     text = """
         <ir_version: 8, opset_import: ["" : 17]>
