@@ -37,18 +37,21 @@ from graphopt.graph import (
     set_output,
 )
 from graphopt.placement import Activation, Edge, Placement
-from graphopt.quantization import UINT8, QuantParams, params_of_range, params_of_weight
+from graphopt.quantization import UINT8, QuantParams, params_of_range
 from graphopt.ranges import Ranges
 from graphopt.saturation import LARGEST_PAIR, largest_pairs
 from graphopt.sizes import fixed_shape
 from graphopt.targets import Target
+from graphopt.weight_scales import WeightScales
 from graphopt.weights import remove_unread_transpose, weight_values
 
 _LARGEST_BIAS = 2.0**30
 """Half of what an int32 holds: the other half is for the products."""
 
 
-def insert_pairs(graph: gs.Graph, target: Target, placements: Sequence[Placement], ranges: Ranges) -> None:
+def insert_pairs(
+    graph: gs.Graph, target: Target, placements: Sequence[Placement], ranges: Ranges, scales: WeightScales
+) -> None:
     """Change a graph and the graphs in it.
 
     Args:
@@ -56,10 +59,11 @@ def insert_pairs(graph: gs.Graph, target: Target, placements: Sequence[Placement
         target: the table that the placements follow.
         placements: of the graph and those in it, outermost first.
         ranges: of all that carries a pair.
+        scales: of weights, found already or here.
     """
     names, integers = Names(graph), dict[Hashable, list[gs.Constant]]()
     for placement in reversed(placements):  # a pair inside reads the tensor that a pair outside may then replace
-        _Insertion(placement, target, ranges, names, integers).run()
+        _Insertion(placement, target, ranges, scales, names, integers).run()
 
 
 class _Insertion:
@@ -70,6 +74,7 @@ class _Insertion:
         placement: Placement,
         target: Target,
         ranges: Ranges,
+        scales: WeightScales,
         names: Names,
         integers: dict[Hashable, list[gs.Constant]],
     ) -> None:
@@ -77,6 +82,7 @@ class _Insertion:
         self.target = target
         self.placement = placement
         self.ranges = ranges
+        self.scales = scales
         self.names = names
         self.integers = integers
         self.new_nodes: list[gs.Node] = []
@@ -256,8 +262,17 @@ class _Insertion:
         weight = edges[0].tensor
         values = weight_values(weight)
         least = reduce(np.maximum, (self._least_scale(edge, axis, values) for edge in edges))
-        params = params_of_weight(values, axis, self.target.weight, least=least)
+        mean_share = max(map(self._mean_share, edges))
+        params = self.scales.params(values, axis, self.target.weight, least=least, mean_share=mean_share)
         return self._constant_pair(weight, params)
+
+    def _mean_share(self, edge: Edge) -> float:
+        """How much of the power of what a weight is multiplied with is that of its mean; 0 where nobody observed it."""
+        data = self.quantized.get(edge.node.inputs[1 - edge.index].name)
+        found = None if data is None else self.ranges.tensors[data.range_name]
+        if found is None or found.mean is None or not found.second_moment:
+            return 0.0
+        return min(found.mean**2 / found.second_moment, 1.0)
 
     def _least_scale(self, edge: Edge, axis: int | None, values: Array) -> Array:
         """The least scale with which sums do not saturate, of each channel of a weight along `axis` (None: one)."""

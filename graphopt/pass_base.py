@@ -24,6 +24,7 @@ from graphopt.progress import Progress, silent
 from graphopt.ranges import Ranges
 from graphopt.shapes import infer_shapes
 from graphopt.targets import Target, target_named
+from graphopt.weight_scales import WeightScales
 
 MEMORY_BUDGET = 2**30
 
@@ -69,6 +70,7 @@ class Context:
     cut: Cut | None = None  # left by `prune`, consumed by `refit`
     too_small: Mapping[str, str] | None = None  # by first output, why int8 does not pay; None: `qdq` asks
     unquantized: gs.Graph | None = None  # left by `qdq`: the float graph before it; consumed by `correct-bias`
+    weight_scales: WeightScales = field(default_factory=WeightScales)  # that `qdq` found, on this graph or its copies
     memory_budget: int = MEMORY_BUDGET  # bytes of activations that calibration may hold at a time
     frame: Frame = field(default_factory=Frame)  # what the model of the graph holds besides it
     original: Model | None = None  # the model as it came in, or in float32 (`to-float32`); no pass may change it

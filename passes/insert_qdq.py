@@ -189,7 +189,7 @@ class InsertQdq(Pass):
             excluded |= slower
             placements = place_calibrated(graph, target, excluded, ranges)
         notes = (*((measured,) if measured else ()), *_needed_versions(target, placements))
-        placements, rewritten = _quantize(graph, target, placements, excluded, ranges)
+        placements, rewritten = _quantize(graph, target, placements, excluded, ranges, context)
         operators, activations, weights, operands = (
             sum(map(len, each))
             for each in zip(*((at.nodes, at.activations, at.weights, at.operands) for at in placements), strict=True)
@@ -363,7 +363,7 @@ def _slower_here(
         gone = {id(node) for position in left_out for node in islands[position].nodes}
         floats = {position_of[key]: excluded.get(key, "") for key in (*gone, *excluded) if key in position_of}
         stay = {id(nodes[position]): why for position, why in floats.items()}
-        _quantize(copy, target, place_calibrated(copy, target, stay, ranges), stay, ranges)
+        _quantize(copy, target, place_calibrated(copy, target, stay, ranges), stay, ranges, context)
         return Model(copy, context.frame)
 
     tuned = tune(islands, build, feed, progress=context.progress)
@@ -372,7 +372,12 @@ def _slower_here(
 
 
 def _quantize(
-    graph: gs.Graph, target: Target, placements: tuple[Placement, ...], excluded: dict[int, str], ranges: Ranges
+    graph: gs.Graph,
+    target: Target,
+    placements: tuple[Placement, ...],
+    excluded: dict[int, str],
+    ranges: Ranges,
+    context: Context,
 ) -> tuple[tuple[Placement, ...], dict[str, int]]:
     """Insert the pairs of placements.
 
@@ -385,7 +390,7 @@ def _quantize(
         ranges = decompose(graph, decomposed, ranges)
         infer_shapes(graph)
         placements = place_calibrated(graph, target, excluded, ranges)
-    insert_pairs(graph, target, placements, ranges)
+    insert_pairs(graph, target, placements, ranges, context.weight_scales)
     names, rewritten = Names(graph), Counter[str]()
     for each in placements:
         if target.dense_convs is not None:

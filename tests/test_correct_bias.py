@@ -359,7 +359,12 @@ def test_says_so_where_qdq_quantized_nothing():
 
 def test_the_command_corrects_a_net_and_says_what_that_gave(tmp_path, capsys):
     out = tmp_path / "out.onnx"
-    command = ["optimize", str(MODELS / "fmnist_srunet.onnx"), "--passes", "fold,calibrate,qdq,correct-bias:samples=32"]
+    command = [
+        "optimize",
+        str(MODELS / "fmnist_srunet.onnx"),
+        "--passes",
+        "fold,calibrate:method=minmax,qdq,correct-bias:samples=32",
+    ]
     data = ["--data", str(MODELS / "fashion_mnist_small_calibration.npz")]
     assert main([*command, *data, "-o", str(out), "--json"]) == OK
     *_, record = json.loads(capsys.readouterr().out)["passes"]

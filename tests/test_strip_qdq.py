@@ -15,6 +15,7 @@ from graphopt.model_io import load_model
 from graphopt.pass_base import Context
 from graphopt.passes import StripQdq
 from graphopt.passes.strip_qdq import Clips
+from graphopt.quantization import INT8_WEIGHT, params_of_weight
 from graphopt.runtime import open_session
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -406,8 +407,13 @@ def test_what_qdq_quantized_comes_back_within_the_rounding_of_weights(target, tm
     before, after = conv_weights(folded.model), conv_weights(onnx.load(out))
     assert before.keys() == after.keys()
     for name, weight in before.items():
-        steps = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 127
-        assert (np.abs(weight - after[name]) <= 0.501 * steps).all()
+        covering = params_of_weight(weight, 0, INT8_WEIGHT)
+        noises = [
+            each.reshape(len(weight), -1) - weight.reshape(len(weight), -1)
+            for each in (after[name], covering.dequantize(covering.quantize(weight)))
+        ]
+        found, plain = ((noise**2).sum(axis=1) for noise in noises)
+        assert (found <= 1.001 * plain).all()
 
 
 def conv_weights(model):
