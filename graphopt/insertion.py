@@ -37,7 +37,7 @@ from graphopt.graph import (
     set_output,
 )
 from graphopt.placement import Activation, Edge, Placement
-from graphopt.quantization import UINT8, QuantParams, params_of_range
+from graphopt.quantization import UINT8, QuantParams, params_of_range, params_of_weight
 from graphopt.ranges import Ranges
 from graphopt.saturation import LARGEST_PAIR, largest_pairs
 from graphopt.sizes import fixed_shape
@@ -262,8 +262,11 @@ class _Insertion:
         weight = edges[0].tensor
         values = weight_values(weight)
         least = reduce(np.maximum, (self._least_scale(edge, axis, values) for edge in edges))
-        mean_share = max(map(self._mean_share, edges))
-        params = self.scales.params(values, axis, self.target.weight, least=least, mean_share=mean_share)
+        if self.ranges.covering_weights:
+            params = params_of_weight(values, axis, self.target.weight, least=least)
+        else:
+            mean_share = max(map(self._mean_share, edges))
+            params = self.scales.params(values, axis, self.target.weight, least=least, mean_share=mean_share)
         return self._constant_pair(weight, params)
 
     def _mean_share(self, edge: Edge) -> float:

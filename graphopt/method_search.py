@@ -3,9 +3,12 @@
 No rule about single tensors tells how their errors meet in the outputs. All methods but two choose from the same
 histograms, so each one costs a quantized copy of the graph and a run over a few samples, and no calibration.
 
-Then single tensors are given the range of another method, those first on which the methods differ most. That is kept
-where it brings the outputs closer on sample after sample: a gain that may be chance (one-sided t-test on the logarithms
-of the errors) is none, for outputs of a few numbers round one way on these samples and another way on the next.
+The scales of weights (`graphopt.weight_scales`) are compared with those that just cover them in the same way.
+
+Then single tensors are given the range of another method, those first on which the methods differ most, and half of
+their own, those first whose range is the largest multiple of their root mean square. That is kept where it brings the
+outputs closer on sample after sample: a gain that may be chance (one-sided t-test on the logarithms of the errors) is
+none, for outputs of a few numbers round one way on these samples and another way on the next.
 
 For the same reason, more samples are compared than ranges need, where they cost little: of nets with ten outputs, 32
 samples prefer another method than 128 do, whose choice holds on other data (docs/calibration.md).
@@ -40,10 +43,10 @@ MOST_SAMPLES = 256
 """So many samples models are compared on, if there are; more than the least where they are small: `samples_worth`."""
 
 EXCHANGES = 64
-"""At most so many times a tensor is given another range."""
+"""At most so many times a tensor is given another method's range, and half of its own."""
 
 _FUTILE = 20  # tries in a row that bring nothing end the rest
-_VALUES = 1 << 28  # of tensors that are quantized; samples of fewer in all are many
+_VALUES = 1 << 29  # of tensors that are quantized; samples of fewer in all are many
 _TRIED_ON = 64  # samples at most
 _TELLING = 4  # samples; fewer tell nothing of chance
 _REVIEWS = (4, 8, 16, 32)  # numbers of samples after which a gain that is not likely any more is given up
@@ -62,7 +65,7 @@ class Found:
     Attributes:
         ranges: of all tensors.
         errors: of each method alone; NaN where nothing compares.
-        exchanged: how many tensors have the range of another method.
+        exchanged: how many tensors have another range.
         error: of `ranges`.
     """
 
@@ -76,9 +79,9 @@ class Found:
         chosen = self.ranges.method
         assert chosen is not None
         text = f"search took {chosen.value}: SQNR of the outputs, quantized by {by_method}"
-        if self.exchanged:
-            text += f"; {decibels(self.error)} with the ranges of other methods for {self.exchanged} tensors"
-        return text
+        changes = ["scales that cover the weights"] if self.ranges.covering_weights else []
+        changes += [f"other ranges for {self.exchanged} tensors"] if self.exchanged else []
+        return f"{text}; {decibels(self.error)} with {' and '.join(changes)}" if changes else text
 
 
 def samples_worth(values: float) -> int:
@@ -107,12 +110,16 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
         by_method[method] = ranges.rechosen(method, percent=ranges.percent, target=context.target)
         errors[method] = comparing.error(by_method[method])
     best_first = sorted(CANDIDATES, key=lambda method: math.inf if math.isnan(errors[method]) else errors[method])
+    error = errors[best_first[0]]
+    if (covering := comparing.error(replace(by_method[best_first[0]], covering_weights=True))) < error:
+        by_method = {method: replace(found, covering_weights=True) for method, found in by_method.items()}
+        error = covering
     best = by_method[best_first[0]]
     mixed = _exchange(comparing, [by_method[method] for method in best_first], context)
     exchanged = sum(mixed.tensors[name] is not found for name, found in best.tensors.items())
-    if exchanged and (error := comparing.error(mixed)) < errors[best_first[0]]:
-        return Found(mixed, errors, exchanged, error)
-    return Found(best, errors, 0, errors[best_first[0]])
+    if exchanged and (found := comparing.error(mixed)) < error:
+        return Found(mixed, errors, exchanged, found)
+    return Found(best, errors, 0, error)
 
 
 class _Comparing:
@@ -146,22 +153,39 @@ class _Comparing:
 
 
 def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Context) -> Ranges:
-    """The first of some ranges, with the range that another one has where the outputs are surely closer with it."""
+    """The first of some ranges, with another one's or half of its own where the outputs are surely closer with it."""
     current = best_first[0]
-    tried = list(islice(_contested(best_first), EXCHANGES))
-    if not tried or len(comparing.feeds) < _TELLING:
+    if len(comparing.feeds) < _TELLING:
         return current
-    errors = list(comparing.errors(current))
-    if not all(map(_compares, errors)):
-        return current
-    in_vain = 0
-    for name, other in track(tried, context.progress, "exchanging ranges", len(tried)):
-        trial = replace(current, tensors={**current.tensors, name: other})
-        if (found := _if_smaller(comparing.errors(trial), errors)) is not None:
-            current, errors, in_vain = trial, found, 0
-        elif (in_vain := in_vain + 1) == _FUTILE:
-            break
+    errors: list[list[float]] = []
+    for what, candidates in ("exchanging ranges", _contested(best_first)), ("halving ranges", _halved(best_first[0])):
+        tried = list(islice(candidates, EXCHANGES))
+        if tried and not errors:
+            errors = list(comparing.errors(current))
+            if not all(map(_compares, errors)):
+                return current
+        in_vain = 0
+        for name, other in track(tried, context.progress, what, len(tried)):
+            trial = replace(current, tensors={**current.tensors, name: other})
+            if (found := _if_smaller(comparing.errors(trial), errors)) is not None:
+                current, errors, in_vain = trial, found, 0
+            elif (in_vain := in_vain + 1) == _FUTILE:
+                break
     return current
+
+
+def _halved(ranges: Ranges) -> Iterator[tuple[str, TensorRange]]:
+    """Tensors with half of their range, those first that have the largest range for their root mean square."""
+
+    def reach(name: str) -> float:
+        found = ranges.tensors[name]
+        largest = max(-found.minimum, found.maximum)
+        return largest / math.sqrt(found.second_moment) if found.second_moment else 0.0
+
+    for name in sorted(ranges.tensors, key=lambda name: (-reach(name), name)):
+        found = ranges.tensors[name]
+        half = f"half of {found.method}"
+        yield name, replace(found, minimum=found.minimum / 2, maximum=found.maximum / 2, method=half)
 
 
 def _contested(best_first: Sequence[Ranges]) -> Iterator[tuple[str, TensorRange]]:

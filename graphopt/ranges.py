@@ -15,6 +15,7 @@ The file is JSON for people too: a head that says where the ranges come from, th
       "method": "entropy",
       "percent": 99.99,
       "shard": "",
+      "covering_weights": false,
       "tensors": {
         "conv_1": {"minimum": 0.0, "maximum": 5.5, "method": "entropy", "observed_minimum": 0.0, ...},
         ...
@@ -100,6 +101,7 @@ class Ranges:
     method: Method | None = None  # None: several, or another tool's
     percent: float = 99.99  # for the method percentile
     shard: str = ""  # "2/3" for the second of three parts of the data; empty for all of it
+    covering_weights: bool = False  # scales that cover the weights came closer than those of `graphopt.weight_scales`
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all; an existing one is replaced.
@@ -129,6 +131,7 @@ class Ranges:
             "method": None if self.method is None else self.method.value,
             "percent": self.percent,
             "shard": self.shard,
+            "covering_weights": self.covering_weights,
         }
 
     @classmethod
@@ -175,6 +178,7 @@ class Ranges:
             method=None if method is None else Method(method),
             percent=float(_value(content, "percent", _NUMBER, where)),
             shard=_value(content, "shard", str, where),
+            covering_weights="covering_weights" in content and _value(content, "covering_weights", bool, where),
         )
 
     def rechosen(self, method: Method, *, percent: float, target: Target) -> Ranges:

@@ -246,6 +246,16 @@ def test_errors_of_weights_cancel_where_what_they_are_multiplied_with_has_a_mean
     assert sums[1] < 0.2 * sums[0]
 
 
+def test_scales_cover_the_weights_where_the_ranges_say_so():
+    stored = [
+        initializers(quantized(model_of(CONV_RELU_CONV), ranges=ranges, reduce_range=Switch.OFF)[0])["w_quantized"]
+        for ranges in (RANGES, replace(RANGES, covering_weights=True))
+    ]
+    largest = [np.abs(each.astype(int)).reshape(16, -1).max(axis=1) for each in stored]
+    assert (largest[0] < 127).any()
+    assert (largest[1] == 127).all()
+
+
 def test_excluded_nodes_stay_float():
     model = model_of(CONV_RELU_CONV)
     model.graph.node[0].name = "block1/conv"

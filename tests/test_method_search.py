@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx.parser
 import pytest
 
-from graphopt import method_search
+from graphopt import method_search, weight_scales
 from graphopt.api import optimize
 from graphopt.feeds import Samples
 from graphopt.held_out import noise_to_signal
@@ -13,6 +14,7 @@ from graphopt.model_io import Model, load_model
 from graphopt.pass_base import Context
 from graphopt.passes import InsertQdq, insert_qdq
 from graphopt.passes.calibrate import Calibrate
+from graphopt.quantization import params_of_weight
 from graphopt.runtime import open_session
 from graphopt.targets import target_named
 from graphopt.thresholds import Method
@@ -85,11 +87,17 @@ def test_takes_the_first_where_nothing_compares(monkeypatch):
     assert calibrated(feeds_with(3))[0].method is CANDIDATES[0]
 
 
+@pytest.fixture
+def no_halves(monkeypatch):
+    monkeypatch.setattr(method_search, "_halved", lambda _: iter(()))
+
+
+@pytest.mark.usefixtures("no_halves")
 def test_the_ranges_are_those_of_the_method_that_it_names():
     feeds = feeds_with(3)
     ranges, result = calibrated(feeds)
     asked, _ = calibrated(feeds, method=ranges.method)
-    assert ranges.to_text() == asked.to_text()
+    assert replace(ranges, covering_weights=False).to_text() == asked.to_text()
     assert result.notes[-1].startswith(f"search took {ranges.method.value}: SQNR of the outputs, quantized by mse ")
     assert all(method.value in result.notes[-1] for method in CANDIDATES)
 
@@ -98,11 +106,32 @@ def outlying_on_both_paths():
     return [{"x": one["x"], "z": other["x"]} for one, other in zip(feeds_with(99), feeds_with(98), strict=True)]
 
 
+def test_half_of_a_range_is_taken_where_the_outputs_are_closer_with_it():
+    ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS)
+    found = ranges.tensors["z"]
+    assert found.method == f"half of {ranges.method.value}"
+    asked, _ = calibrated(outlying_on_both_paths(), text=TWO_PATHS, method=ranges.method)
+    assert (found.minimum, found.maximum) == (asked.tensors["z"].minimum / 2, asked.tensors["z"].maximum / 2)
+    assert "with other ranges for 2 tensors" in result.notes[-1]
+
+
+def test_scales_that_cover_the_weights_are_taken_where_the_outputs_are_closer_with_them(monkeypatch):
+    def too_large(weight, axis, quant_type, *, least, mean_share):
+        return params_of_weight(weight, axis, quant_type).scaled(8)
+
+    assert not calibrated(feeds_with(3))[0].covering_weights
+    monkeypatch.setattr(weight_scales, "best_params", too_large)
+    ranges, result = calibrated(feeds_with(3))
+    assert ranges.covering_weights
+    assert "with scales that cover the weights" in result.notes[-1]
+
+
+@pytest.mark.usefixtures("no_halves")
 def test_tensors_that_want_different_methods_get_them():
     ranges, result = calibrated(outlying_on_both_paths(), text=TWO_PATHS)
     assert ranges.tensors["x"].maximum > 10 * ranges.tensors["z"].maximum
     assert (ranges.tensors["x"].method, ranges.tensors["z"].method) == ("minmax", ranges.method.value)
-    assert "with the ranges of other methods for 1 tensors" in result.notes[-1]
+    assert "with other ranges for 1 tensors" in result.notes[-1]
 
 
 def test_what_does_not_pay_is_found_once_for_all_copies(monkeypatch):
@@ -142,7 +171,7 @@ def test_a_range_that_may_yet_gain_is_not_given_up():
     assert method_search._if_smaller(iter(errors), [[1.0]] * 16) == errors
 
 
-@pytest.mark.parametrize(("values", "samples"), [(0, 256), (1e4, 256), (2**21, 128), (1e7, 32), (1e9, 32)])
+@pytest.mark.parametrize(("values", "samples"), [(0, 256), (1e4, 256), (2**22, 128), (2e7, 32), (1e9, 32)])
 def test_small_nets_are_compared_on_more_samples(values, samples):
     assert method_search.samples_worth(values) == samples
 

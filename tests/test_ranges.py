@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_the_file_has_a_head_and_one_line_for_each_tensor(tmp_path):
     content = saved_json(tmp_path / "ranges.json")
     assert list(content) == [
         *("schema", "graphopt", "model", "model_sha256", "data", "data_digest", "synthetic", "samples"),
-        *("target", "method", "percent", "shard", "tensors"),
+        *("target", "method", "percent", "shard", "covering_weights", "tensors"),
     ]
     lines = (tmp_path / "ranges.json").read_text(encoding="utf-8").splitlines()
     assert '  "data": "calib.npz",' in lines
@@ -63,6 +64,15 @@ def test_saving_replaces_an_existing_file(tmp_path):
     path.write_text("old")
     RANGES.save(path)
     assert Ranges.load(path) == RANGES
+
+
+def test_a_file_says_whether_scales_cover_the_weights_and_an_older_one_need_not(tmp_path):
+    path = tmp_path / "ranges.json"
+    replace(RANGES, covering_weights=True).save(path)
+    assert Ranges.load(path).covering_weights
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["covering_weights"]
+    assert not Ranges.from_content(content, path).covering_weights
 
 
 def test_saving_where_there_is_no_folder_is_refused(tmp_path):
