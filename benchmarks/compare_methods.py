@@ -4,11 +4,11 @@
     python benchmarks/compare_methods.py [NAME ...] [--zoo models/zoo]
 
 Each model is calibrated once by `search`, the default, on one half of its feeds, with histograms; the ranges of the
-single methods are chosen from these. Scored on up to 128 feeds of the other half: SQNR of the worst output in
-dB, for `ort-cpu` as onnxruntime computes here, else in the exact arithmetic that Q and DQ stand for. `exchanged` is how
-many tensors `search` gave the range of another method than the one it took, `lost` what it lacks to the best single
-method, `lost at home` the same on the half that it was calibrated on: what it lacks there is its own fault, what it
-lacks on the other half besides is how the halves differ.
+single methods are chosen from these, as `calibrate:method=` chooses them. Scored on up to 128 feeds of the other half:
+SQNR of the worst output in dB, for `ort-cpu` as onnxruntime computes here, else in the exact arithmetic that Q and DQ
+stand for. `exchanged` is how many tensors `search` gave another range than the method that it took, `lost` what it
+lacks to the best single method, `lost at home` the same on the half that it was calibrated on: what it lacks there is
+its own fault, what it lacks on the other half besides is how the halves differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zoo_table import ROOT, model_names, places
@@ -57,7 +57,8 @@ def measure(name: str, zoo: Path, target: str) -> Measured:
     if not kept.tensors:
         return Measured({})
     table = target_named(target)
-    by_method = {method: kept.rechosen(method, percent=99.99, target=table) for method in CANDIDATES}
+    alone = replace(kept, covering_weights=False)
+    by_method = {method: alone.rechosen(method, percent=99.99, target=table) for method in CANDIDATES}
 
     def scores(ranges: Ranges) -> tuple[float, float]:
         """On the other half and at home."""

@@ -20,9 +20,7 @@ import numpy as np
 
 from graphopt.quantization import SMALLEST_SCALE, Array, QuantParams, QuantType, params_of_weight
 
-_SHARES = np.delete(
-    np.linspace(0.9, 1.1, 17, dtype=np.float32), 8
-)  # of the scale that just covers a channel, which is tried first
+_SHARES = np.linspace(0.9, 1.1, 17, dtype=np.float32)  # of the scale that just covers a channel
 _CHUNK = 2**17  # weights at a time: what stays in a processor's cache
 
 

@@ -385,7 +385,7 @@ def test_the_command_refuses_in_one_line_without_data(tmp_path, capsys):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize(
-    ("name", "target", "least"), [("blazeface_front", "tensorrt", 2), ("espcn_nn_resize_x2", "ort-cpu", 0.5)]
+    ("name", "target", "least"), [("blazeface_front", "tensorrt", 2), ("waifu2x_upconv7_x2", "ort-cpu", 0.5)]
 )
 def test_real_nets_come_closer_on_feeds_that_were_not_used(name, target, least):
     passes = "freeze-inputs,fold,calibrate:method=mse,qdq:reduce_range=off"  # search leaves less to correct
