@@ -117,8 +117,8 @@ def search(graph: gs.Graph, ranges: Ranges, feeds: Sequence[Feed], context: Cont
     best = by_method[best_first[0]]
     mixed = _exchange(comparing, [by_method[method] for method in best_first], context)
     exchanged = sum(mixed.tensors[name] is not found for name, found in best.tensors.items())
-    if exchanged and (found := comparing.error(mixed)) < error:
-        return Found(mixed, errors, exchanged, found)
+    if exchanged and (closer := comparing.error(mixed)) < error:
+        return Found(mixed, errors, exchanged, closer)
     return Found(best, errors, 0, error)
 
 
@@ -157,13 +157,11 @@ def _exchange(comparing: _Comparing, best_first: Sequence[Ranges], context: Cont
     current = best_first[0]
     if len(comparing.feeds) < _TELLING:
         return current
-    errors: list[list[float]] = []
-    for what, candidates in ("exchanging ranges", _contested(best_first)), ("halving ranges", _halved(best_first[0])):
+    errors = list(comparing.errors(current))
+    if not all(map(_compares, errors)):
+        return current
+    for what, candidates in ("exchanging ranges", _contested(best_first)), ("halving ranges", _halved(current)):
         tried = list(islice(candidates, EXCHANGES))
-        if tried and not errors:
-            errors = list(comparing.errors(current))
-            if not all(map(_compares, errors)):
-                return current
         in_vain = 0
         for name, other in track(tried, context.progress, what, len(tried)):
             trial = replace(current, tensors={**current.tensors, name: other})

@@ -109,6 +109,11 @@ def params_of_range(minimum: float, maximum: float, quant_type: QuantType) -> Qu
     return QuantParams(np.asarray(scale), np.asarray(zero_point, quant_type.dtype), quant_type)
 
 
+def rows_of_channels(weight: Array, axis: int | None) -> Array:
+    """A weight of any shape as [C, values of each index of `axis`]; one row of all values where `axis` is None."""
+    return weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+
+
 def params_of_weight(
     weight: Array,
     axis: int | None,
@@ -126,8 +131,7 @@ def params_of_weight(
         quant_type: of the stored weight.
         least: no scale is smaller; one value, or one for each channel.
     """
-    channels = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
-    bound = np.abs(channels.astype(np.float64)).max(axis=1, initial=0.0) / quant_type.maximum
+    bound = np.abs(rows_of_channels(weight, axis).astype(np.float64)).max(axis=1, initial=0.0) / quant_type.maximum
     scale = np.where(bound > 0, np.maximum(np.maximum(bound, SMALLEST_SCALE), least), 1.0).astype(np.float32)
     scale = scale.reshape(()) if axis is None else scale
     return QuantParams(scale, np.zeros(scale.shape, quant_type.dtype), quant_type, axis=axis)

@@ -18,7 +18,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from graphopt.quantization import SMALLEST_SCALE, Array, QuantParams, QuantType, params_of_weight
+from graphopt.quantization import SMALLEST_SCALE, Array, QuantParams, QuantType, params_of_weight, rows_of_channels
 
 _SHARES = np.linspace(0.9, 1.1, 17, dtype=np.float32)  # of the scale that just covers a channel
 _CHUNK = 2**17  # weights at a time: what stays in a processor's cache
@@ -55,7 +55,7 @@ def best_params(
             for then its weights are those of many sums.
     """
     covering = params_of_weight(weight, axis, quant_type, least=least)
-    channels = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    channels = rows_of_channels(weight, axis)
     if quant_type.is_float or not weight.size:
         return covering
     starts = np.atleast_1d(covering.scale)[:, np.newaxis]
